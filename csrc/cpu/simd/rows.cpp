@@ -1,0 +1,174 @@
+// The CPU row engine: a row is read from memory once, in blocks that stay in the first-level cache,
+// and is reduced, or turned into a gradient, on the way. Compiled once per instruction set.
+#include "../../reduce.h"
+#include "../rows.h"
+#include "math.h"
+
+namespace oodkern::OODKERN_ISA {
+namespace {
+
+// 1,024 floats: 4 KiB, so a block, its cotangent and their widened copies share a 32 KiB cache.
+constexpr int64_t kBlock = 1024;
+
+// A block widened to Real: in place where the storage is Real already, through `buffer` otherwise.
+template <class Real>
+OODKERN_INLINE const Real* widen(const Real* block, int64_t, Real*) {
+  return block;
+}
+template <class Stored, class Real>
+OODKERN_INLINE const Real* widen(const Stored* block, int64_t size, Real* buffer) {
+#pragma omp simd
+  for (int64_t k = 0; k < size; ++k) buffer[k] = load(block[k]);
+  return buffer;
+}
+
+// Where a block of results is formed, and how it reaches memory. Two loops vectorise where one that
+// computes and rounds does not (GCC 12, float16 double backward of 65,536 x 1,000: 171 against 43 ms).
+template <class Real>
+OODKERN_INLINE Real* target(Real* block, Real*) {
+  return block;
+}
+template <class Stored, class Real>
+OODKERN_INLINE Real* target(Stored*, Real* buffer) {
+  return buffer;
+}
+template <class Real>
+OODKERN_INLINE void narrow(const Real*, int64_t, Real*) {}
+template <class Stored, class Real>
+OODKERN_INLINE void narrow(const Real* buffer, int64_t size, Stored* block) {
+#pragma omp simd
+  for (int64_t k = 0; k < size; ++k) store(block + k, buffer[k]);
+}
+
+// Widening twice, once for the pivot and once for the sum, costs less than a round trip through a
+// buffer for bfloat16 (a shift; 12.9 against 14.4 ms for 65,536 x 1,000) and more for float16.
+template <class Stored>
+constexpr bool kCostlyLoad = false;
+template <>
+constexpr bool kCostlyLoad<Float16> = true;
+
+template <class Reducer, class Stored>
+OODKERN_INLINE typename Reducer::State reduce_block(const Reducer& reducer, const Stored* z,
+                                                    int64_t size) {
+  using Real = typename Reducer::Real;
+  Real pivot = Reducer::init().maximum;
+  if constexpr (Reducer::kPivot) {
+#pragma omp simd reduction(max : pivot)
+    for (int64_t k = 0; k < size; ++k) pivot = Reducer::pivot(load(z[k]), pivot);
+  }
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < size; ++k) sum += reducer.add(load(z[k]), pivot);
+  return {pivot, sum};
+}
+
+template <class Reducer, class Stored>
+void forward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_t end) {
+  using Real = typename Reducer::Real;
+  for (int64_t row = begin; row < end; ++row) {
+    const Stored* z = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
+    auto state = Reducer::init();
+    for (int64_t at = 0; at < call.columns; at += kBlock) {
+      const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
+      if constexpr (kCostlyLoad<Stored>) {
+        alignas(64) Real buffer[kBlock];
+        state = reducer.merge(state, reduce_block(reducer, widen(z + at, size, buffer), size));
+      } else {
+        state = reducer.merge(state, reduce_block(reducer, z + at, size));
+      }
+    }
+    static_cast<Real*>(call.score)[row] = Real(call.sign) * reducer.value(state);
+  }
+}
+
+template <class Reducer, class Stored>
+void backward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_t end) {
+  using Real = typename Reducer::Real;
+  alignas(64) Real z_buffer[kBlock];
+  alignas(64) Real grad_buffer[kBlock];
+  const Real sign = Real(call.sign);
+  for (int64_t row = begin; row < end; ++row) {
+    const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
+    Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
+    const Real value = sign * static_cast<const Real*>(call.saved_score)[row * call.saved_score_stride];
+    const Real scale = sign * static_cast<const Real*>(call.grad_score)[row * call.grad_score_stride];
+    for (int64_t at = 0; at < call.columns; at += kBlock) {
+      const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
+      const Real* z = widen(z_row + at, size, z_buffer);
+      Real* grad = target(grad_row + at, grad_buffer);
+#pragma omp simd
+      for (int64_t k = 0; k < size; ++k) grad[k] = scale * reducer.slope(z[k], value);
+      narrow(grad, size, grad_row + at);
+    }
+  }
+}
+
+// The backward pass is grad = sign g slope(z). For a cotangent t of it:
+//   d/dg   sum_k t_k grad_k = sign u,  u = sum_k t_k slope_k
+//   d/dz_k sum_j t_j grad_j = sign g curvature_k
+// u must be complete before the first curvature is written; the row is in cache by then.
+template <class Reducer, class Stored>
+void double_backward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_t end) {
+  using Real = typename Reducer::Real;
+  alignas(64) Real z_buffer[kBlock];
+  alignas(64) Real t_buffer[kBlock];
+  alignas(64) Real grad_buffer[kBlock];
+  const Real sign = Real(call.sign);
+  for (int64_t row = begin; row < end; ++row) {
+    const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
+    const Stored* t_row = static_cast<const Stored*>(call.cotangent) + row * call.cotangent_stride;
+    Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
+    const Real value = sign * static_cast<const Real*>(call.saved_score)[row * call.saved_score_stride];
+    const Real scale = sign * static_cast<const Real*>(call.grad_score)[row * call.grad_score_stride];
+    Real u = 0;
+    for (int64_t at = 0; at < call.columns; at += kBlock) {
+      const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
+      const Real* z = widen(z_row + at, size, z_buffer);
+      const Real* t = widen(t_row + at, size, t_buffer);
+#pragma omp simd reduction(+ : u)
+      for (int64_t k = 0; k < size; ++k) u += t[k] * reducer.slope(z[k], value);
+    }
+    static_cast<Real*>(call.grad_grad_score)[row] = sign * u;
+    for (int64_t at = 0; at < call.columns; at += kBlock) {
+      const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
+      const Real* z = widen(z_row + at, size, z_buffer);
+      const Real* t = widen(t_row + at, size, t_buffer);
+      Real* grad = target(grad_row + at, grad_buffer);
+#pragma omp simd
+      for (int64_t k = 0; k < size; ++k) grad[k] = scale * reducer.curvature(z[k], value, t[k], u);
+      narrow(grad, size, grad_row + at);
+    }
+  }
+}
+
+template <template <class> class Reducer, class Math, class Stored>
+void run(const RowCall& call, int64_t begin, int64_t end) {
+  const Reducer<Math> reducer{call.temperature};
+  switch (call.pass) {
+    case Pass::kForward: return forward<Reducer<Math>, Stored>(reducer, call, begin, end);
+    case Pass::kBackward: return backward<Reducer<Math>, Stored>(reducer, call, begin, end);
+    case Pass::kDoubleBackward:
+      return double_backward<Reducer<Math>, Stored>(reducer, call, begin, end);
+  }
+}
+
+template <template <class> class Reducer>
+void run(const RowCall& call, int64_t begin, int64_t end) {
+  switch (call.storage) {
+    case Storage::kFloat64: return run<Reducer, Double, double>(call, begin, end);
+    case Storage::kFloat32: return run<Reducer, Float, float>(call, begin, end);
+    case Storage::kBFloat16: return run<Reducer, Float, BFloat16>(call, begin, end);
+    case Storage::kFloat16: return run<Reducer, Float, Float16>(call, begin, end);
+  }
+}
+
+}  // namespace
+
+void run_rows(const RowCall& call, int64_t begin, int64_t end) {
+  switch (call.reduction) {
+    case Reduction::kLogSumExp: return run<LogSumExp>(call, begin, end);
+    case Reduction::kSoftplusSum: return run<SoftplusSum>(call, begin, end);
+  }
+}
+
+}  // namespace oodkern::OODKERN_ISA

@@ -1,0 +1,105 @@
+// The vocabulary of row reductions, shared by every engine, host and device.
+//
+// A reducer says how one row of numbers becomes one number, and how that number moves with them:
+//   State               what a partly read row has come to
+//   init()              the state of a row of which nothing was read
+//   pivot(z, p)         the running pivot after z; kPivot says whether the reducer needs one at all
+//   add(z, pivot)       what an element adds to the sum of a block that is read against `pivot`
+//   merge(a, b)         the state of two parts of a row
+//   value(state)        the reduction
+//   slope(z, value)     d value / d z of one element
+//   curvature(z, value, t, u)   sum_j t_j d^2 value / (dz dz_j), given u = sum_j t_j slope_j
+//
+// `Math` brings the scalar type and the transcendental functions of the engine that instantiates
+// the reducer: a vectorisable polynomial on the CPU, an instruction on a GPU.
+#pragma once
+
+#if defined(__CUDACC__)
+#define OODKERN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define OODKERN_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace oodkern {
+
+// T log sum_k exp(z_k / T).
+// The pivot keeps exp in range; it is finite by construction (an infinite maximum is replaced by 0),
+// so a row of all -inf sums to 0 and gives -inf, a row that holds +inf sums to +inf, and a NaN,
+// which no comparison selects as the pivot, still reaches the sum.
+template <class Math>
+struct LogSumExp {
+  using Real = typename Math::Real;
+  static constexpr bool kPivot = true;
+  struct State {
+    Real maximum;
+    Real sum;
+  };
+
+  Real temperature;
+  Real inverse_temperature;
+  Real scale;  // log2(e) / T: exp(x / T) = 2^(scale x) spares the kernels a multiplication
+
+  explicit OODKERN_HOST_DEVICE LogSumExp(double t)
+      : temperature(Real(t)), inverse_temperature(Real(1 / t)), scale(Real(1.4426950408889634 / t)) {}
+
+  static OODKERN_HOST_DEVICE State init() { return {-Math::infinity(), Real(0)}; }
+  static OODKERN_HOST_DEVICE Real pivot(Real z, Real running) { return z > running ? z : running; }
+  static OODKERN_HOST_DEVICE Real finite(Real maximum) {
+    return Math::absolute(maximum) == Math::infinity() ? Real(0) : maximum;
+  }
+  OODKERN_HOST_DEVICE Real add(Real z, Real maximum) const {
+    return Math::exp2((z - finite(maximum)) * scale);
+  }
+  OODKERN_HOST_DEVICE State merge(State a, State b) const {
+    const Real maximum = pivot(a.maximum, b.maximum);
+    const Real sum_a = a.sum == Real(0) ? Real(0) : a.sum * add(finite(a.maximum), maximum);
+    const Real sum_b = b.sum == Real(0) ? Real(0) : b.sum * add(finite(b.maximum), maximum);
+    return {maximum, sum_a + sum_b};
+  }
+  OODKERN_HOST_DEVICE Real value(State s) const {
+    return finite(s.maximum) + temperature * Math::log(s.sum);
+  }
+  // softmax_k = exp((z_k - value) / T); a row of all -inf has no slope.
+  OODKERN_HOST_DEVICE Real slope(Real z, Real value) const {
+    return value == -Math::infinity() ? Real(0) : Math::exp2((z - value) * scale);
+  }
+  // d^2 value / (dz_k dz_j) = p_k (delta_kj - p_j) / T
+  OODKERN_HOST_DEVICE Real curvature(Real z, Real value, Real t, Real u) const {
+    return slope(z, value) * (t - u) * inverse_temperature;
+  }
+};
+
+// sum_k log(1 + exp(z_k)), as max(z, 0) + log1p(exp(-|z|)): finite wherever z is, and relatively
+// exact for very negative z, where log(1 + exp(z)) would round to 0.
+template <class Math>
+struct SoftplusSum {
+  using Real = typename Math::Real;
+  static constexpr bool kPivot = false;
+  struct State {
+    Real maximum;  // unused: one layout for every reducer keeps the engine free of special cases
+    Real sum;
+  };
+
+  explicit OODKERN_HOST_DEVICE SoftplusSum(double) {}
+
+  static OODKERN_HOST_DEVICE State init() { return {Real(0), Real(0)}; }
+  static OODKERN_HOST_DEVICE Real pivot(Real, Real) { return Real(0); }
+  OODKERN_HOST_DEVICE Real add(Real z, Real) const {
+    const Real positive = z < Real(0) ? Real(0) : z;  // a NaN stays
+    return positive + Math::log1p_unit(Math::exp_of_negative(-Math::absolute(z)));
+  }
+  OODKERN_HOST_DEVICE State merge(State a, State b) const { return {Real(0), a.sum + b.sum}; }
+  OODKERN_HOST_DEVICE Real value(State s) const { return s.sum; }
+  // sigmoid(z); both branches of the usual split share the one exponential of -|z|.
+  OODKERN_HOST_DEVICE Real slope(Real z, Real) const {
+    const Real e = Math::exp_of_negative(-Math::absolute(z));
+    return (z < Real(0) ? e : Real(1)) / (Real(1) + e);
+  }
+  // sigmoid (1 - sigmoid) = e / (1 + e)^2, which does not cancel at either end; rows are diagonal.
+  OODKERN_HOST_DEVICE Real curvature(Real z, Real, Real t, Real) const {
+    const Real e = Math::exp_of_negative(-Math::absolute(z));
+    return t * e / ((Real(1) + e) * (Real(1) + e));
+  }
+};
+
+}  // namespace oodkern

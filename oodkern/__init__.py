@@ -1,0 +1,31 @@
+"""Fast, memory-lean training with auxiliary outliers for out-of-distribution detection.
+
+Three levels, each of which works alone:
+
+1. ops: `oodkern.energy(logits)` in any training loop;
+2. losses: `oodkern.losses.EnergyLoss()(logits, target)`, plain tensors in, scalar out;
+3. training: `oodkern train config.yaml method=energy`.
+
+Importing this package needs torch and numpy alone; the rest is imported when it is used.
+"""
+
+import importlib
+from typing import Any
+
+from oodkern.backends import backend, choose_backend
+from oodkern.ops import energy, joint_energy
+
+__version__ = "0.1.0"
+__all__ = ["backend", "choose_backend", "energy", "joint_energy", "losses", "metrics", "models", "reference"]
+
+_MODULES = ("config", "data", "losses", "methods", "metrics", "models", "reference", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"oodkern.{name}")
+    raise AttributeError(f"module 'oodkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

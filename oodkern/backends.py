@@ -1,0 +1,94 @@
+"""Who computes an op: the native kernels, Triton's, or plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+
+import torch
+
+from oodkern import _native
+
+BACKENDS = ("native", "triton", "reference")
+
+# Room -> kind of device -> its kernels, best first. `reference` serves every room and device.
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "energy": {"cpu": ("native",), "cuda": ()},
+}
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# The backend that `backend()` demands, process-wide: a plain global, which torch.compile guards on.
+_demanded: str | None = None
+
+
+def choose_backend(
+    room: str,
+    N: int,
+    D: int,
+    K: int,
+    dtype: torch.dtype,
+    arch: str,
+    available: Collection[str] = BACKENDS,
+) -> str:
+    """Which backend computes `room` for N rows of D features and K classes.
+
+    A pure function of its arguments: `arch` is "cpu" or a CUDA architecture such as "sm_90", `available` the
+    backends that can be used there (all, unless told). D is 0 where a room is given logits. Returns one of
+    "native", "triton", "reference". Raises ValueError for a room that does not exist.
+    """
+    if room not in KERNELS:
+        raise ValueError(f"room: expected one of {', '.join(KERNELS)}, got {room!r}")
+    device = "cuda" if arch.startswith("sm_") else arch
+    if dtype in DTYPES:
+        for name in KERNELS[room].get(device, ()):
+            if name in available:
+                return name
+    return "reference"
+
+
+def available_backends(device: str) -> tuple[str, ...]:
+    """The backends that can be used for tensors of a device type in this process."""
+    native = _native.missing.get(device, "unsupported device") == ""
+    return ("native", "reference") if native else ("reference",)
+
+
+def arch_of(device: torch.device) -> str:
+    """ "cpu", or the CUDA architecture of a GPU, or the type of any other device."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return device.type
+
+
+def backend_for(room: str, tensor: torch.Tensor, D: int = 0) -> str:
+    """The backend for `room` on a tensor [..., K]: the one demanded by `backend()`, else `choose_backend`'s."""
+    device = tensor.device.type
+    available = available_backends(device)
+    if _demanded is not None:
+        offered = (*KERNELS[room].get(device, ()), "reference")
+        if _demanded not in offered or _demanded not in available:
+            why = _native.missing.get(device, "") if _demanded in offered else f"it has {', '.join(offered)}"
+            raise RuntimeError(f"backend({_demanded!r}) cannot compute `{room}` on {device}: {why or 'not installed'}")
+        return _demanded
+    K = tensor.shape[-1]
+    rows = tensor.numel() // K if K else 0
+    return choose_backend(room, rows, D, K, tensor.dtype, arch_of(tensor.device), available)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Demands a backend for every op inside: "reference", "native" or "triton".
+
+    Meant for tests and comparisons; without it the best available one is taken. The demand holds for the whole
+    process, not for one thread. An op that the backend cannot compute raises RuntimeError instead of quietly
+    taking another. Raises ValueError for an unknown name.
+    """
+    global _demanded
+    if name not in BACKENDS:
+        raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _demanded = _demanded, name
+    try:
+        yield
+    finally:
+        _demanded = before

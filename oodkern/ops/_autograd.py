@@ -1,0 +1,128 @@
+"""What the differentiable functions of all rooms share.
+
+An op is three torch.autograd.Functions around raw ops: its value, its gradient, and the gradient's gradient.
+Functions with `setup_context`, not torch.library.register_autograd: that breaks torch.func.grad and vmap, and
+its forward mode silently returns zero tangents. For the same reason none defines a jvp: forward mode raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _raw(name: str, suffix: str = "") -> Callable:
+    return getattr(torch.ops.oodkern, name + suffix)
+
+
+def _over_rows(function: type[torch.autograd.Function], info: Any, in_dims: tuple, arguments: tuple) -> tuple:
+    """torch.vmap of a Function whose tensors share their leading dimensions and whose rows do not see one another.
+
+    The batch is one more leading dimension. Arguments that are not batched are expanded, at no memory.
+    """
+
+    def lead(argument: Any, dim: int | None) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        if dim is None:
+            return argument.expand(info.batch_size, *argument.shape)
+        return argument.movedim(dim, 0)
+
+    outputs = function.apply(*map(lead, arguments, in_dims))
+    return outputs, tuple(0 for _ in outputs) if isinstance(outputs, tuple) else 0
+
+
+class RowScore(torch.autograd.Function):
+    """A function of one tensor [..., K] that gives one number a row and can be differentiated twice.
+
+    `RowScore.apply(name, saves_score, tensor, *constants)`, where `name` is that of the raw ops
+
+        name(tensor, *constants)
+        name_backward(grad, tensor, [score,] *constants)
+        name_double_backward(cotangent, grad, tensor, [score,] *constants), which gives the derivatives of
+            name_backward in `grad` and in `tensor`, the latter including the path through the score,
+
+    and `saves_score` says whether the derivatives take the score. The name is an argument, and not a variable
+    around the class, because torch.compile finds a Function that is used in another's backward only as a global.
+    """
+
+    @staticmethod
+    def forward(name: str, saves_score: bool, tensor: Tensor, *constants: float) -> Tensor:
+        return _raw(name)(tensor, *constants)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.name, saves_score, tensor, *ctx.constants = inputs
+        ctx.save_for_backward(*((tensor, output) if saves_score else (tensor,)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        gradient = RowScoreGradient.apply(ctx.name, grad, *ctx.saved_tensors, *ctx.constants)
+        return None, None, gradient, *[None] * len(ctx.constants)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return _over_rows(RowScore, info, in_dims, arguments)
+
+
+class RowScoreGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, *arguments: Any) -> Tensor:
+        return _raw(name, "_backward")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.name, *arguments = inputs
+        ctx.constants = [argument for argument in arguments if not isinstance(argument, Tensor)]
+        ctx.save_for_backward(*[argument for argument in arguments if isinstance(argument, Tensor)])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple:
+        saved = ctx.saved_tensors
+        grad, tensor = RowScoreCurvature.apply(ctx.name, cotangent, *saved, *ctx.constants)
+        return None, grad, tensor, *[None] * (len(saved) - 2 + len(ctx.constants))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return _over_rows(RowScoreGradient, info, in_dims, arguments)
+
+
+class RowScoreCurvature(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _raw(name, "_double_backward")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise RuntimeError(
+            f"oodkern.{ctx.name} can be differentiated twice, and a third derivative was asked for. "
+            "`with oodkern.backend('reference'):` computes it with plain PyTorch, to any order."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return _over_rows(RowScoreCurvature, info, in_dims, arguments)
+
+
+def register_row_score_fakes(name: str, score_dtype: Callable[[Tensor], torch.dtype]) -> None:
+    """Shapes and dtypes of the three raw ops of a `RowScore`, for torch.compile."""
+
+    def score(tensor: Tensor, *_: Any) -> Tensor:
+        return tensor.new_empty(tensor.shape[:-1], dtype=score_dtype(tensor))
+
+    def gradient(grad: Tensor, tensor: Tensor, *_: Any) -> Tensor:
+        return tensor.new_empty(tensor.shape)
+
+    def curvature(cotangent: Tensor, grad: Tensor, tensor: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return score(tensor), gradient(grad, tensor)
+
+    torch.library.register_fake(f"oodkern::{name}", score)
+    torch.library.register_fake(f"oodkern::{name}_backward", gradient)
+    torch.library.register_fake(f"oodkern::{name}_double_backward", curvature)

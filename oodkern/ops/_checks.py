@@ -1,0 +1,42 @@
+"""Checks of what users give: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oodkern.backends import DTYPES
+
+
+def check_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(value: Any, name: str) -> None:
+    check_tensor(value, name)
+    if value.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name}: expected one of {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_logits(value: Any, name: str = "logits") -> None:
+    check_floating(value, name)
+    if value.dim() == 0:
+        raise ValueError(f"{name}: expected [..., K], got a tensor without dimensions")
+
+
+def check_positive(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def score_dtype(logits: Tensor) -> torch.dtype:
+    """Scores are float32 whatever the input; float64 stays float64."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
