@@ -33,5 +33,12 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def joint_energy(logits: Tensor) -> Tensor:
-    """J = sum_k softplus(z_k) over the last dimension, softplus(z) = log(1 + exp(z)) = -log sigmoid(-z)."""
-    return -torch.nn.functional.logsigmoid(-widen(logits)).sum(-1)
+    """J = sum_k softplus(z_k) over the last dimension, softplus(z) = log(1 + exp(z)) = max(z, 0) + log1p(exp(-|z|)).
+
+    Written with two branches rather than with |z|, whose derivative at 0 is 0 and would make the slope there 1
+    instead of 1/2. Not torch's softplus, which is linear past 20, nor its logsigmoid, whose second derivative
+    sigmoid (1 - sigmoid) cancels for very negative z.
+    """
+    z = widen(logits)
+    positive = z > 0
+    return (torch.where(positive, z, 0.0) + torch.where(positive, -z, z).exp().log1p()).sum(-1)

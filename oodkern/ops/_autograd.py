@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 
-def _raw(name: str, suffix: str = "") -> Callable:
-    return getattr(torch.ops.oodkern, name + suffix)
+def _raw(name: str, *arguments: Any) -> Any:
+    """Calls a raw op with the arguments that it has."""
+    return getattr(torch.ops.oodkern, name)(*[argument for argument in arguments if argument is not None])
 
 
 def _over_rows(function: type[torch.autograd.Function], info: Any, in_dims: tuple, arguments: tuple) -> tuple:
@@ -38,30 +39,32 @@ def _over_rows(function: type[torch.autograd.Function], info: Any, in_dims: tupl
 class RowScore(torch.autograd.Function):
     """A function of one tensor [..., K] that gives one number a row and can be differentiated twice.
 
-    `RowScore.apply(name, saves_score, tensor, *constants)`, where `name` is that of the raw ops
+    `RowScore.apply(name, saves_score, tensor, parameter)`, where `name` is that of the raw ops
 
-        name(tensor, *constants)
-        name_backward(grad, tensor, [score,] *constants)
-        name_double_backward(cotangent, grad, tensor, [score,] *constants), which gives the derivatives of
+        name(tensor, [parameter])
+        name_backward(grad, tensor, [score], [parameter])
+        name_double_backward(cotangent, grad, tensor, [score], [parameter]), which gives the derivatives of
             name_backward in `grad` and in `tensor`, the latter including the path through the score,
 
-    and `saves_score` says whether the derivatives take the score. The name is an argument, and not a variable
-    around the class, because torch.compile finds a Function that is used in another's backward only as a global.
+    `saves_score` says whether the derivatives take the score, and a `parameter` of None is left out.
+
+    Two habits of torch.compile shape this: a Function that is used in another's backward must be a global, so
+    the name is an argument and not a variable around the class; and its forward must not take *arguments, whose
+    number torch 2.13 compares with the signature's to find out whether there is a context.
     """
 
     @staticmethod
-    def forward(name: str, saves_score: bool, tensor: Tensor, *constants: float) -> Tensor:
-        return _raw(name)(tensor, *constants)
+    def forward(name: str, saves_score: bool, tensor: Tensor, parameter: float | None) -> Tensor:
+        return _raw(name, tensor, parameter)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.name, saves_score, tensor, *ctx.constants = inputs
-        ctx.save_for_backward(*((tensor, output) if saves_score else (tensor,)))
+        ctx.name, saves_score, tensor, ctx.parameter = inputs
+        ctx.save_for_backward(tensor, output if saves_score else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        gradient = RowScoreGradient.apply(ctx.name, grad, *ctx.saved_tensors, *ctx.constants)
-        return None, None, gradient, *[None] * len(ctx.constants)
+        return None, None, RowScoreGradient.apply(ctx.name, grad, *ctx.saved_tensors, ctx.parameter), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -70,20 +73,18 @@ class RowScore(torch.autograd.Function):
 
 class RowScoreGradient(torch.autograd.Function):
     @staticmethod
-    def forward(name: str, *arguments: Any) -> Tensor:
-        return _raw(name, "_backward")(*arguments)
+    def forward(name: str, grad: Tensor, tensor: Tensor, score: Tensor | None, parameter: float | None) -> Tensor:
+        return _raw(name + "_backward", grad, tensor, score, parameter)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.name, *arguments = inputs
-        ctx.constants = [argument for argument in arguments if not isinstance(argument, Tensor)]
-        ctx.save_for_backward(*[argument for argument in arguments if isinstance(argument, Tensor)])
+        ctx.name, *tensors, ctx.parameter = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        saved = ctx.saved_tensors
-        grad, tensor = RowScoreCurvature.apply(ctx.name, cotangent, *saved, *ctx.constants)
-        return None, grad, tensor, *[None] * (len(saved) - 2 + len(ctx.constants))
+        grad, tensor = RowScoreCurvature.apply(ctx.name, cotangent, *ctx.saved_tensors, ctx.parameter)
+        return None, grad, tensor, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -92,8 +93,10 @@ class RowScoreGradient(torch.autograd.Function):
 
 class RowScoreCurvature(torch.autograd.Function):
     @staticmethod
-    def forward(name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return _raw(name, "_double_backward")(*arguments)
+    def forward(
+        name: str, cotangent: Tensor, grad: Tensor, tensor: Tensor, score: Tensor | None, parameter: float | None
+    ) -> tuple[Tensor, Tensor]:
+        return _raw(name + "_double_backward", cotangent, grad, tensor, score, parameter)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -62,7 +62,7 @@ def joint_energy(logits: Tensor) -> Tensor:
     check_logits(logits)
     if backend_for("energy", logits) == "reference":
         return reference.joint_energy(logits)
-    return RowScore.apply("joint_energy", False, logits)
+    return RowScore.apply("joint_energy", False, logits, None)
 
 
 if not _native.missing["cpu"]:

@@ -1,0 +1,375 @@
+"""The bar that every op has to pass, in one place: oracle, two-sided bound, strategies, test bodies.
+
+A room describes its op once (`Op`) and inherits from `OpBar`; its test file then holds only what is special to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+# How far the last roundings may put us from the oracle, in units of the result's own precision. Eager PyTorch
+# is the yardstick (twice its error is allowed); this floor serves where eager happens to be exact. In float64
+# the oracle rounds as much as we do, in another order.
+SLACK = 8.0
+SLACK_FLOAT64 = 64.0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public op.
+
+    function: the public op, of the tensors in `shapes` and nothing else (constants are bound).
+    reference: the same in plain PyTorch, from oodkern.reference: the oracle, fed with float64.
+    eager: what a user would write with PyTorch, in the dtype of the inputs: the yardstick of the error.
+    shapes: shapes of the tensor inputs, one tuple a case.
+    raw: the raw ops, each with a function that makes its arguments from one input.
+    scale: standard deviation of random inputs.
+    condition: of float64 inputs, what a relative rounding error of the score's precision becomes in a row of the
+        gradients.
+    """
+
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    shapes: Sequence[tuple[tuple[int, ...], ...]]
+    raw: Sequence[tuple[str, Callable[[Tensor], tuple]]] = field(default=())
+    scale: float = 3.0
+    condition: Callable[..., Tensor] = lambda *inputs: torch.zeros(())
+
+    def inputs(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.randn(s, generator=generator, dtype=torch.float64) * self.scale).to(dtype) for s in shapes]
+
+
+def like(tensor: Tensor, seed: int = 7) -> Tensor:
+    """A random tensor of the same shape and dtype: an upstream gradient is never ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest magnitude in each row, kept beside the row."""
+    return tensor.abs().amax(-1, keepdim=True) if tensor.dim() and tensor.shape[-1] else tensor.abs()
+
+
+def assert_two_sided(
+    ours: Tensor, oracle: Tensor, eager: Tensor, what: str = "value", *, rows: bool = False, size: Tensor | None = None, condition: Tensor | float = 0.0
+) -> None:
+    """error <= 2 * error of same-dtype eager + slack * eps * size, on both sides of the oracle.
+
+    `oracle` is float64 of the rounded inputs. Scores are judged one by one; for gradients (`rows`) the errors and
+    sizes of a row are its largest, so that a row is not forgiven because another one is large. `size` is the
+    magnitude that the roundings scale with where that is not the result's own: where terms cancel. `condition`
+    adds to the slack, in units of the score's precision (float32's for 16-bit results).
+    """
+    assert ours.shape == oracle.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
+    error = (ours.double() - oracle).abs()
+    eager_error = (eager.double() - oracle).abs()
+    size = oracle.abs() if size is None else torch.maximum(oracle.abs(), size)
+    if rows:
+        eager_error, size = largest(eager_error), largest(size)
+    limits = torch.finfo(ours.dtype)
+    slack = SLACK_FLOAT64 if ours.dtype == torch.float64 else SLACK
+    score_eps = min(limits.eps, torch.finfo(torch.float32).eps)
+    allowed = 2 * eager_error + (slack * limits.eps + condition * score_eps) * size + limits.tiny
+    same = (ours.double() == oracle) | (ours.isnan() & oracle.isnan())
+    bad = ~(same | (error <= allowed))
+    worst = float((error / allowed)[bad].max()) if bad.any() else 0.0
+    assert not bad.any(), f"{what}: {int(bad.sum())} of {bad.numel()} off; worst {worst:.2f} times the bound"
+
+
+def value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], order: int = 1) -> list[Tensor]:
+    """The value, the gradients for a random upstream, and for order 2 those of the gradients for random cotangents."""
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    value = function(*inputs)
+    upstream = like(value).requires_grad_()
+    gradients = torch.autograd.grad(value, inputs, upstream, create_graph=order > 1)
+    results = [value.detach(), *(gradient.detach() for gradient in gradients)]
+    if order > 1:
+        # Against float64 the cotangents must be the same numbers: round them to the inputs' dtype first.
+        cotangents = [like(gradient, seed=11) for gradient in gradients]
+        second = torch.autograd.grad(gradients, [upstream, *inputs], cotangents, allow_unused=True)
+        results += [tensor.detach() for tensor in second if tensor is not None]
+    return results
+
+
+def in_float64(function: Callable[..., Tensor], inputs: Sequence[Tensor], order: int = 1) -> list[Tensor]:
+    """`value_and_gradients` of the oracle: float64 arithmetic on the rounded inputs, upstreams and cotangents."""
+    dtype = inputs[0].dtype
+    score = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    value = function(*inputs)
+    upstream = like(value.to(score)).double().requires_grad_()
+    gradients = torch.autograd.grad(value, inputs, upstream, create_graph=order > 1)
+    results = [value.detach(), *(gradient.detach() for gradient in gradients)]
+    if order > 1:
+        cotangents = [like(gradient.to(dtype), seed=11).double() for gradient in gradients]
+        second = torch.autograd.grad(gradients, [upstream, *inputs], cotangents, allow_unused=True)
+        results += [tensor.detach() for tensor in second if tensor is not None]
+    return results
+
+
+def allocations(work: Callable[[], object]) -> list[int]:
+    """The sizes in bytes of everything that `work` allocates on the CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@st.composite
+def layouts(draw, columns=(1, 2, 7, 8, 17, 64, 100, 1000, 1031, 2500), dtypes=FLOATS, extreme: bool = True):
+    """A tensor [N, K] with any strides and offset, possibly with extreme values in it."""
+    rows = draw(st.integers(0, 20))
+    K = draw(st.sampled_from(columns))
+    dtype = draw(st.sampled_from(dtypes))
+    kind = draw(st.sampled_from(("dense", "transposed", "sliced rows", "sliced columns", "offset", "expanded", "3-D")))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 4).to(dtype)
+
+    tensor = {
+        "dense": lambda: random(rows, K),
+        "transposed": lambda: random(K, rows).T,
+        "sliced rows": lambda: random(2 * rows + 1, K)[1::2],
+        "sliced columns": lambda: random(rows, 2 * K + 1)[:, 1::2],
+        "offset": lambda: random(rows * K + 3)[3:].view(rows, K),
+        "expanded": lambda: random(1, K).expand(rows, K),
+        "3-D": lambda: random(rows, 3, K).transpose(0, 1),
+    }[kind]()
+    if extreme and rows and kind != "expanded" and draw(st.booleans()):
+        limit = 6e4 if dtype == torch.float16 else 1e4
+        values = draw(st.lists(st.sampled_from((-torch.inf, limit, -limit, 0.0, 88.0, -104.0)), min_size=1, max_size=6))
+        for i, value in enumerate(values):
+            tensor[..., i % tensor.shape[-2], (i * 7) % K] = value
+    return tensor
+
+
+class OpBar:
+    """Inherit, and set `op`. Each body is one line of the bar."""
+
+    op: Op
+
+    @pytest.fixture(params=["float64", "float32", "bfloat16", "float16"])
+    def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
+        return getattr(torch, request.param)
+
+    def compare(self, inputs: Sequence[Tensor], order: int) -> None:
+        ours = value_and_gradients(self.op.function, inputs, order)
+        oracle = in_float64(self.op.reference, inputs, order)
+        eager = [tensor.nan_to_num(0.0) for tensor in value_and_gradients(self.op.eager, inputs, order)]
+        assert len(ours) == len(oracle) == len(eager)
+        n, condition = len(inputs), self.op.condition(*[tensor.double() for tensor in inputs])
+        assert_two_sided(ours[0], oracle[0], eager[0])
+        for i in range(1, n + 1):
+            assert_two_sided(ours[i], oracle[i], eager[i], f"gradient {i}", rows=True, condition=condition)
+        if order == 2 and n == 1:
+            # With gradient r and cotangent t, the upstream's gradient sums t r / g and the second gradient is a
+            # difference of terms as large as t r: that is what their roundings scale with.
+            upstream = like(ours[0]).double()
+            products = oracle[1].abs() * like(ours[1], seed=11).double().abs()
+            size = products.sum(-1) / upstream.abs()
+            per_score = condition.squeeze(-1) if condition.dim() else condition
+            assert_two_sided(ours[2], oracle[2], eager[2], "upstream's gradient", size=size, condition=per_score)
+            size = largest(oracle[1]) * largest(like(ours[1], seed=11).double())
+            assert_two_sided(ours[3], oracle[3], eager[3], "second gradient", rows=True, size=size, condition=condition)
+
+    def test_value_and_derivatives_against_float64(self, dtype: torch.dtype) -> None:
+        for seed, shapes in enumerate(self.op.shapes):
+            self.compare(self.op.inputs(shapes, dtype, seed), order=2)
+
+    def test_every_instruction_set(self, dtype: torch.dtype) -> None:
+        from oodkern import _native
+
+        for name in _native.instruction_sets():
+            try:
+                with _native.instruction_set(name):
+                    self.compare(self.op.inputs(self.op.shapes[-1], dtype), order=2)
+            except RuntimeError as error:
+                assert "this processor" in str(error)  # noqa: PT017
+
+    def test_dtypes(self, dtype: torch.dtype) -> None:
+        inputs = [tensor.requires_grad_() for tensor in self.op.inputs(self.op.shapes[0], dtype)]
+        value = self.op.function(*inputs)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        for gradient in torch.autograd.grad(value, inputs, like(value)):
+            assert gradient.dtype == dtype
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_any_layout(self, data: st.DataObject) -> None:
+        tensor = data.draw(layouts())
+        self.compare([tensor], order=1)
+
+    def test_strides_are_seen(self) -> None:
+        """clone() in the body above makes dense copies of most layouts: here the kernel gets the views themselves."""
+        base = self.op.inputs(((6, 9, 34),), torch.float32)[0]
+        views = [
+            base[:, :, ::2], base[::2], base[:, 1], base.transpose(0, 1), base.transpose(1, 2), base[1:, 2:, 3:],
+            base[:1].expand(5, 9, 34), base[:, :1].expand(6, 4, 34), base[..., :1], base[0, 0], base[..., :1].expand(6, 9, 7),
+        ]  # fmt: skip
+        for view in views:
+            leaf = view.detach().requires_grad_()  # keeps the strides
+            assert leaf.stride() == view.stride()
+            dense = view.clone(memory_format=torch.contiguous_format).requires_grad_()
+            a, b = self.op.function(leaf), self.op.function(dense)
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            upstream = like(a)
+            for g in (upstream, upstream.sum().expand(a.shape)):  # stride-0, as from .sum()
+                (x,), (y,) = torch.autograd.grad(a, leaf, g, retain_graph=True), torch.autograd.grad(b, dense, g, retain_graph=True)
+                torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+    def test_gradcheck(self) -> None:
+        for shapes in self.op.shapes[:2]:
+            inputs = [tensor.requires_grad_() for tensor in self.op.inputs(shapes, torch.float64)]
+            assert gradcheck(self.op.function, inputs, check_batched_grad=True)
+
+    def test_gradgradcheck(self) -> None:
+        for shapes in self.op.shapes[:2]:
+            inputs = [tensor.requires_grad_() for tensor in self.op.inputs(shapes, torch.float64)]
+            assert gradgradcheck(self.op.function, inputs, check_batched_grad=True)
+
+    def test_third_derivative_is_refused(self) -> None:
+        inputs = [tensor.requires_grad_() for tensor in self.op.inputs(self.op.shapes[0], torch.float64)]
+        (first,) = torch.autograd.grad(self.op.function(*inputs).sin().sum(), inputs, create_graph=True)
+        (second,) = torch.autograd.grad(first.sin().sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated twice"):
+            torch.autograd.grad(second.sum(), inputs)
+
+    def test_opcheck(self, dtype: torch.dtype) -> None:
+        for (name, arguments), shape in itertools.product(self.op.raw, ((5, 7), (0, 7), (1, 1), (2, 3, 4), (9,))):
+            (tensor,) = self.op.inputs((shape,), dtype)
+            torch.library.opcheck(getattr(torch.ops.oodkern, name).default, arguments(tensor))
+            if tensor.dim() > 1:
+                torch.library.opcheck(getattr(torch.ops.oodkern, name).default, arguments(tensor.transpose(0, -1)))
+
+    def test_empty_and_single(self, dtype: torch.dtype) -> None:
+        for shape in ((0, 5), (0, 0), (3, 0), (1, 1), (1, 5), (4, 0, 5), (5,), (1,)):
+            (tensor,) = self.op.inputs((shape,), dtype)
+            tensor.requires_grad_()
+            value = self.op.function(tensor)
+            assert value.shape == shape[:-1]
+            (gradient,) = torch.autograd.grad(value, tensor, like(value))
+            assert gradient.shape == shape
+            oracle = self.op.reference(tensor.detach().double())
+            torch.testing.assert_close(value.double(), oracle, rtol=1e-2 if dtype in FLOATS[2:] else 1e-5, atol=1e-5)
+
+    def test_autocast_returns_float32(self) -> None:
+        (tensor,) = self.op.inputs(((6, 8),), torch.float32)
+        for dtype in (torch.bfloat16, torch.float16):
+            weight = torch.eye(8, requires_grad=True)
+            with torch.autocast("cpu", dtype):
+                logits = tensor @ weight
+                value = self.op.function(logits)
+            assert logits.dtype == dtype
+            assert value.dtype == torch.float32
+            assert_two_sided(value.detach(), self.op.reference(logits.detach().double()), self.op.eager(logits).detach().float())
+            (gradient,) = torch.autograd.grad(value, weight, like(value))
+            assert gradient.dtype == torch.float32
+            assert gradient.isfinite().all()
+
+    def test_compile_fullgraph(self) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(self.op.function, fullgraph=True)
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = self.op.inputs(((6, 33),), dtype)
+            for a, b in zip(value_and_gradients(compiled, inputs), value_and_gradients(self.op.function, inputs), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+    @pytest.mark.skipif(TORCH < (2, 15), reason="torch.compile(torch.func.grad(f)) over any autograd.Function is silently wrong before torch 2.15 (measured: 2.13)")
+    def test_compiled_func_grad(self) -> None:
+        torch._dynamo.reset()
+        (tensor,) = self.op.inputs(((33,),), torch.float32)
+        expected = torch.func.grad(self.op.function)(tensor)
+        torch.testing.assert_close(torch.compile(torch.func.grad(self.op.function))(tensor), expected, rtol=0, atol=0)
+
+    def test_func_grad_and_vmap(self) -> None:
+        (tensor,) = self.op.inputs(((4, 6, 5),), torch.float64)
+        leaf = tensor.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(self.op.function(leaf).sum(), leaf)
+        one = torch.func.grad(lambda t: self.op.function(t).sum())
+        torch.testing.assert_close(one(tensor), expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.func.vmap(one)(tensor), expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.func.vmap(one, in_dims=1, out_dims=1)(tensor), expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.func.vmap(torch.func.vmap(one))(tensor), expected, rtol=0, atol=0)
+        # Second order through jacrev of jacrev, which puts vmap over the double backward.
+        hessian = torch.func.jacrev(torch.func.jacrev(self.op.function))(tensor[0, 0])
+        oracle = torch.func.jacrev(torch.func.jacrev(self.op.reference))(tensor[0, 0])
+        torch.testing.assert_close(hessian, oracle)
+
+    def test_forward_mode_raises(self) -> None:
+        (tensor,) = self.op.inputs(((3, 5),), torch.float64)
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp|forward"):
+            torch.func.jvp(self.op.function, (tensor,), (like(tensor),))
+
+    def test_saved_tensor_hooks(self) -> None:
+        """Activations that are moved away and back (offload) give the same gradients, to second order."""
+        inputs = self.op.inputs(((5, 9),), torch.float64)
+        expected = value_and_gradients(self.op.function, inputs, order=2)
+        packed = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            packed.append(tensor)
+            return tensor.clone().T.contiguous().T if tensor.dim() == 2 else tensor.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.clone()):
+            again = value_and_gradients(self.op.function, inputs, order=2)
+        assert packed
+        for a, b in zip(again, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    def test_repeats_bit_for_bit(self, dtype: torch.dtype) -> None:
+        inputs = self.op.inputs(((257, 1000),), dtype)
+        first = value_and_gradients(self.op.function, inputs, order=2)
+        for a, b in zip(value_and_gradients(self.op.function, inputs, order=2), first, strict=True):
+            assert torch.equal(a, b)
+
+    def test_nan_stays_in_its_row(self, dtype: torch.dtype) -> None:
+        (tensor,) = self.op.inputs(((5, 1500),), dtype)
+        clean = value_and_gradients(self.op.function, [tensor], order=2)
+        tensor[2, 1400] = torch.nan
+        dirty = value_and_gradients(self.op.function, [tensor], order=2)
+        others = torch.tensor([0, 1, 3, 4])
+        assert dirty[0][2].isnan()
+        for a, b in zip(dirty, clean, strict=True):
+            assert torch.equal(a[others], b[others])
+
+    def test_no_temporary_larger_than_the_output(self, dtype: torch.dtype) -> None:
+        (tensor,) = self.op.inputs(((512, 1000),), dtype)
+        tensor.requires_grad_()
+        self.op.function(tensor)  # the first call sets up what is allocated once
+        forward = allocations(lambda: self.op.function(tensor))
+        value = self.op.function(tensor)
+        size = value.numel() * value.element_size()
+        assert forward
+        assert max(forward) <= size, f"allocated {max(forward)} bytes for a result of {size}"
+        upstream = like(value)
+        (gradient,) = torch.autograd.grad(value, tensor, upstream, retain_graph=True)
+        size = gradient.numel() * gradient.element_size()
+        backward = allocations(lambda: torch.autograd.grad(value, tensor, upstream, retain_graph=True))
+        assert sum(byte for byte in backward if byte > size // 64) <= size, f"allocated {backward} for {size}"
+
+    def test_rejects_what_it_cannot_compute(self) -> None:
+        with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got list"):
+            self.op.function([1.0, 2.0])
+        with pytest.raises(TypeError, match="got int64"):
+            self.op.function(torch.ones(2, 3, dtype=torch.int64))
+        with pytest.raises(TypeError, match="got complex64"):
+            self.op.function(torch.ones(2, 3, dtype=torch.complex64))
+        with pytest.raises(ValueError, match="without dimensions"):
+            self.op.function(torch.tensor(1.0))
