@@ -64,6 +64,13 @@ def instruction_sets() -> list[str]:
     return list(build.instruction_sets) if build is not None and not missing["cpu"] else []
 
 
+def instruction_set_in_use() -> str:
+    """The one of `instruction_sets()` that the CPU kernels run with."""
+    index = torch.ops.oodkern.use_instruction_set(0)
+    torch.ops.oodkern.use_instruction_set(index)
+    return instruction_sets()[index]
+
+
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Runs the CPU kernels with one of `instruction_sets()` instead of the best: for tests and measurements.
