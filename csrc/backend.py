@@ -6,7 +6,6 @@ the user has. The kernels need headers, not a particular version: those of the i
 
 import sys
 
-from native_build import BuildError, build_mode, target_torch
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401  (the hooks that need no change)
     build_editable,
@@ -16,6 +15,7 @@ from setuptools.build_meta import (  # noqa: F401  (the hooks that need no chang
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+from toolchain import BuildError, build_mode, target_torch
 
 
 def _torch_requirement() -> list[str]:

@@ -9,14 +9,14 @@ namespace oodkern {
 inline void check_logits(const Tensor& logits) {
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(logits.dim() >= 1, "logits: expected [..., K], got a tensor without dimensions");
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
                   "logits: expected float64, float32, bfloat16 or float16");
 }
 
 inline void check_same_shape(const Tensor& tensor, const char* name, const Tensor& logits) {
-  STD_TORCH_CHECK(sizes_of(tensor) == sizes_of(logits) && tensor.scalar_type() == logits.scalar_type(),
-                  name, ": expected the shape and dtype of logits");
+  STD_TORCH_CHECK(sizes_of(tensor) == sizes_of(logits) && tensor.scalar_type() == logits.scalar_type(), name,
+                  ": expected the shape and dtype of logits");
 }
 
 inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& logits) {

@@ -47,18 +47,14 @@ struct LogSumExp {
   static OODKERN_HOST_DEVICE Real finite(Real maximum) {
     return Math::absolute(maximum) == Math::infinity() ? Real(0) : maximum;
   }
-  OODKERN_HOST_DEVICE Real add(Real z, Real maximum) const {
-    return Math::exp2((z - finite(maximum)) * scale);
-  }
+  OODKERN_HOST_DEVICE Real add(Real z, Real maximum) const { return Math::exp2((z - finite(maximum)) * scale); }
   OODKERN_HOST_DEVICE State merge(State a, State b) const {
     const Real maximum = pivot(a.maximum, b.maximum);
     const Real sum_a = a.sum == Real(0) ? Real(0) : a.sum * add(finite(a.maximum), maximum);
     const Real sum_b = b.sum == Real(0) ? Real(0) : b.sum * add(finite(b.maximum), maximum);
     return {maximum, sum_a + sum_b};
   }
-  OODKERN_HOST_DEVICE Real value(State s) const {
-    return finite(s.maximum) + temperature * Math::log(s.sum);
-  }
+  OODKERN_HOST_DEVICE Real value(State s) const { return finite(s.maximum) + temperature * Math::log(s.sum); }
   // softmax_k = exp((z_k - value) / T); a row of all -inf has no slope.
   OODKERN_HOST_DEVICE Real slope(Real z, Real value) const {
     return value == -Math::infinity() ? Real(0) : Math::exp2((z - value) * scale);

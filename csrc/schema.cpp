@@ -5,7 +5,9 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   // Room `energy`: reductions of given logits [..., K].
   m.def("energy(Tensor logits, float temperature) -> Tensor");
   m.def("energy_backward(Tensor grad, Tensor logits, Tensor energy, float temperature) -> Tensor");
-  m.def("energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits, Tensor energy, float temperature) -> (Tensor, Tensor)");
+  m.def(
+      "energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits, Tensor energy, float temperature) -> "
+      "(Tensor, Tensor)");
   m.def("joint_energy(Tensor logits) -> Tensor");
   m.def("joint_energy_backward(Tensor grad, Tensor logits) -> Tensor");
   m.def("joint_energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits) -> (Tensor, Tensor)");

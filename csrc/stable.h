@@ -47,10 +47,10 @@ inline int64_t common_stride(const Tensor& tensor, int64_t count) {
 
 // A tensor [..., K] read as [N, K] with dense rows; copied only when its strides do not allow it.
 struct Rows {
-  Tensor tensor;   // owns the memory
-  int64_t rows;    // N
-  int64_t columns; // K
-  int64_t stride;  // elements between rows; 0 for an expanded tensor
+  Tensor tensor;    // owns the memory
+  int64_t rows;     // N
+  int64_t columns;  // K
+  int64_t stride;   // elements between rows; 0 for an expanded tensor
 
   const void* data() const { return tensor.const_data_ptr(); }
 };

@@ -7,6 +7,7 @@ key is an error at once, with the nearest key that exists.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    given = OmegaConf.create()
+    given: Any = OmegaConf.create()
     try:
         if path is not None:
             if not Path(path).is_file():
@@ -91,17 +92,17 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
             if not equals or not key:
                 raise ConfigError(f"{override}: expected key=value, such as optimizer.lr=0.1")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
-        assert OmegaConf.is_dict(given)
         schema = schema_of(str(given.get("method", TrainConfig.method)))
         check_keys(OmegaConf.to_container(given), schema)
-        config: TrainConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except (OmegaConfBaseException, YAMLError) as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key or path}: {str(error).splitlines()[0]}") from None
+        where = getattr(error, "full_key", None)
+        raise ConfigError(f"{where or path}: {str(error).splitlines()[0]}") from None
     check_values(config)
     return config
 
 
+@functools.cache
 def schema_of(method: str) -> type[TrainConfig]:
     """TrainConfig with `loss` typed by the method's options."""
     if method not in METHODS:

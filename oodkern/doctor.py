@@ -42,9 +42,11 @@ def native_code() -> list[str]:
         ]
     cpu = _native.missing["cpu"]
     sets = _native.instruction_sets()
-    lines.append(f"CPU: missing, {cpu}" if cpu else f"CPU: {', '.join(sets)}; in use {_native.instruction_set_in_use()}")
+    lines.append(
+        f"CPU: missing, {cpu}" if cpu else f"CPU: {', '.join(sets)}; in use {_native.instruction_set_in_use()}"
+    )
     cuda = _native.missing["cuda"]
-    if cuda:
+    if cuda or build is None:
         lines.append(f"CUDA: none, {cuda}")
     else:
         lines.append(f"CUDA: {build.cuda_version} for {', '.join(build.cuda_architectures)}")

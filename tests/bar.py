@@ -1,6 +1,7 @@
-"""The bar that every op has to pass, in one place: oracle, two-sided bound, strategies, test bodies.
+"""The bar that every op has to pass, in one place.
 
 A room describes its op once (`Op`) and inherits from `OpBar`; its test file then holds only what is special to it.
+`oracle.py` has the bound, `layouts.py` the strategies.
 """
 
 from __future__ import annotations
@@ -13,17 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import FLOATS, layouts
+from oracle import allocations, assert_two_sided, in_float64, largest, like, value_and_gradients
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-
-# How far the last roundings may put us from the oracle, in units of the result's own precision. Eager PyTorch
-# is the yardstick (twice its error is allowed); this floor serves where eager happens to be exact. In float64
-# the oracle rounds as much as we do, in another order.
-SLACK = 8.0
-SLACK_FLOAT64 = 64.0
 
 
 @dataclass(frozen=True)
@@ -51,113 +47,6 @@ class Op:
     def inputs(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return [(torch.randn(s, generator=generator, dtype=torch.float64) * self.scale).to(dtype) for s in shapes]
-
-
-def like(tensor: Tensor, seed: int = 7) -> Tensor:
-    """A random tensor of the same shape and dtype: an upstream gradient is never ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-
-
-def largest(tensor: Tensor) -> Tensor:
-    """The largest magnitude in each row, kept beside the row."""
-    return tensor.abs().amax(-1, keepdim=True) if tensor.dim() and tensor.shape[-1] else tensor.abs()
-
-
-def assert_two_sided(
-    ours: Tensor, oracle: Tensor, eager: Tensor, what: str = "value", *, rows: bool = False, size: Tensor | None = None, condition: Tensor | float = 0.0
-) -> None:
-    """error <= 2 * error of same-dtype eager + slack * eps * size, on both sides of the oracle.
-
-    `oracle` is float64 of the rounded inputs. Scores are judged one by one; for gradients (`rows`) the errors and
-    sizes of a row are its largest, so that a row is not forgiven because another one is large. `size` is the
-    magnitude that the roundings scale with where that is not the result's own: where terms cancel. `condition`
-    adds to the slack, in units of the score's precision (float32's for 16-bit results).
-    """
-    assert ours.shape == oracle.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
-    error = (ours.double() - oracle).abs()
-    eager_error = (eager.double() - oracle).abs()
-    size = oracle.abs() if size is None else torch.maximum(oracle.abs(), size)
-    if rows:
-        eager_error, size = largest(eager_error), largest(size)
-    limits = torch.finfo(ours.dtype)
-    slack = SLACK_FLOAT64 if ours.dtype == torch.float64 else SLACK
-    score_eps = min(limits.eps, torch.finfo(torch.float32).eps)
-    allowed = 2 * eager_error + (slack * limits.eps + condition * score_eps) * size + limits.tiny
-    same = (ours.double() == oracle) | (ours.isnan() & oracle.isnan())
-    bad = ~(same | (error <= allowed))
-    worst = float((error / allowed)[bad].max()) if bad.any() else 0.0
-    assert not bad.any(), f"{what}: {int(bad.sum())} of {bad.numel()} off; worst {worst:.2f} times the bound"
-
-
-def value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], order: int = 1) -> list[Tensor]:
-    """The value, the gradients for a random upstream, and for order 2 those of the gradients for random cotangents."""
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    value = function(*inputs)
-    upstream = like(value).requires_grad_()
-    gradients = torch.autograd.grad(value, inputs, upstream, create_graph=order > 1)
-    results = [value.detach(), *(gradient.detach() for gradient in gradients)]
-    if order > 1:
-        # Against float64 the cotangents must be the same numbers: round them to the inputs' dtype first.
-        cotangents = [like(gradient, seed=11) for gradient in gradients]
-        second = torch.autograd.grad(gradients, [upstream, *inputs], cotangents, allow_unused=True)
-        results += [tensor.detach() for tensor in second if tensor is not None]
-    return results
-
-
-def in_float64(function: Callable[..., Tensor], inputs: Sequence[Tensor], order: int = 1) -> list[Tensor]:
-    """`value_and_gradients` of the oracle: float64 arithmetic on the rounded inputs, upstreams and cotangents."""
-    dtype = inputs[0].dtype
-    score = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs = [tensor.double().requires_grad_() for tensor in inputs]
-    value = function(*inputs)
-    upstream = like(value.to(score)).double().requires_grad_()
-    gradients = torch.autograd.grad(value, inputs, upstream, create_graph=order > 1)
-    results = [value.detach(), *(gradient.detach() for gradient in gradients)]
-    if order > 1:
-        cotangents = [like(gradient.to(dtype), seed=11).double() for gradient in gradients]
-        second = torch.autograd.grad(gradients, [upstream, *inputs], cotangents, allow_unused=True)
-        results += [tensor.detach() for tensor in second if tensor is not None]
-    return results
-
-
-def allocations(work: Callable[[], object]) -> list[int]:
-    """The sizes in bytes of everything that `work` allocates on the CPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = recorded.profiler.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
-
-
-@st.composite
-def layouts(draw, columns=(1, 2, 7, 8, 17, 64, 100, 1000, 1031, 2500), dtypes=FLOATS, extreme: bool = True):
-    """A tensor [N, K] with any strides and offset, possibly with extreme values in it."""
-    rows = draw(st.integers(0, 20))
-    K = draw(st.sampled_from(columns))
-    dtype = draw(st.sampled_from(dtypes))
-    kind = draw(st.sampled_from(("dense", "transposed", "sliced rows", "sliced columns", "offset", "expanded", "3-D")))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-
-    def random(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 4).to(dtype)
-
-    tensor = {
-        "dense": lambda: random(rows, K),
-        "transposed": lambda: random(K, rows).T,
-        "sliced rows": lambda: random(2 * rows + 1, K)[1::2],
-        "sliced columns": lambda: random(rows, 2 * K + 1)[:, 1::2],
-        "offset": lambda: random(rows * K + 3)[3:].view(rows, K),
-        "expanded": lambda: random(1, K).expand(rows, K),
-        "3-D": lambda: random(rows, 3, K).transpose(0, 1),
-    }[kind]()
-    if extreme and rows and kind != "expanded" and draw(st.booleans()):
-        limit = 6e4 if dtype == torch.float16 else 1e4
-        values = draw(st.lists(st.sampled_from((-torch.inf, limit, -limit, 0.0, 88.0, -104.0)), min_size=1, max_size=6))
-        for i, value in enumerate(values):
-            tensor[..., i % tensor.shape[-2], (i * 7) % K] = value
-    return tensor
 
 
 class OpBar:
@@ -221,7 +110,8 @@ class OpBar:
         base = self.op.inputs(((6, 9, 34),), torch.float32)[0]
         views = [
             base[:, :, ::2], base[::2], base[:, 1], base.transpose(0, 1), base.transpose(1, 2), base[1:, 2:, 3:],
-            base[:1].expand(5, 9, 34), base[:, :1].expand(6, 4, 34), base[..., :1], base[0, 0], base[..., :1].expand(6, 9, 7),
+            base[:1].expand(5, 9, 34), base[:, :1].expand(6, 4, 34), base[..., :1], base[0, 0],
+            base[..., :1].expand(6, 9, 7),
         ]  # fmt: skip
         for view in views:
             leaf = view.detach().requires_grad_()  # keeps the strides
@@ -231,7 +121,10 @@ class OpBar:
             torch.testing.assert_close(a, b, rtol=0, atol=0)
             upstream = like(a)
             for g in (upstream, upstream.sum().expand(a.shape)):  # stride-0, as from .sum()
-                (x,), (y,) = torch.autograd.grad(a, leaf, g, retain_graph=True), torch.autograd.grad(b, dense, g, retain_graph=True)
+                (x,), (y,) = (
+                    torch.autograd.grad(a, leaf, g, retain_graph=True),
+                    torch.autograd.grad(b, dense, g, retain_graph=True),
+                )
                 torch.testing.assert_close(x, y, rtol=0, atol=0)
 
     def test_gradcheck(self) -> None:
@@ -278,7 +171,9 @@ class OpBar:
                 value = self.op.function(logits)
             assert logits.dtype == dtype
             assert value.dtype == torch.float32
-            assert_two_sided(value.detach(), self.op.reference(logits.detach().double()), self.op.eager(logits).detach().float())
+            assert_two_sided(
+                value.detach(), self.op.reference(logits.detach().double()), self.op.eager(logits).detach().float()
+            )
             (gradient,) = torch.autograd.grad(value, weight, like(value))
             assert gradient.dtype == torch.float32
             assert gradient.isfinite().all()
@@ -288,10 +183,15 @@ class OpBar:
         compiled = torch.compile(self.op.function, fullgraph=True)
         for dtype in (torch.float32, torch.bfloat16):
             inputs = self.op.inputs(((6, 33),), dtype)
-            for a, b in zip(value_and_gradients(compiled, inputs), value_and_gradients(self.op.function, inputs), strict=True):
+            for a, b in zip(
+                value_and_gradients(compiled, inputs), value_and_gradients(self.op.function, inputs), strict=True
+            ):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
 
-    @pytest.mark.skipif(TORCH < (2, 15), reason="torch.compile(torch.func.grad(f)) over any autograd.Function is silently wrong before torch 2.15 (measured: 2.13)")
+    @pytest.mark.skipif(
+        TORCH < (2, 15),
+        reason="compiled torch.func.grad over any autograd.Function is silently wrong before torch 2.15 (seen on 2.13)",
+    )
     def test_compiled_func_grad(self) -> None:
         torch._dynamo.reset()
         (tensor,) = self.op.inputs(((33,),), torch.float32)
@@ -314,7 +214,7 @@ class OpBar:
 
     def test_forward_mode_raises(self) -> None:
         (tensor,) = self.op.inputs(((3, 5),), torch.float64)
-        with pytest.raises((NotImplementedError, RuntimeError), match="jvp|forward"):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
             torch.func.jvp(self.op.function, (tensor,), (like(tensor),))
 
     def test_saved_tensor_hooks(self) -> None:

@@ -48,15 +48,16 @@ std::atomic<int64_t>& instruction_set() {
 }
 
 int64_t use_instruction_set(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index <= best_instruction_set(),
-                  "index: this processor runs instruction sets 0 to ", best_instruction_set(), ", got ",
-                  index);
+  STD_TORCH_CHECK(index >= 0 && index <= best_instruction_set(), "index: this processor runs instruction sets 0 to ",
+                  best_instruction_set(), ", got ", index);
   return instruction_set().exchange(index);
 }
 
 }  // namespace
 
-RowEngine row_engine() { return kEngines[instruction_set().load()]; }
+RowEngine row_engine() {
+  return kEngines[instruction_set().load()];
+}
 
 }  // namespace oodkern
 

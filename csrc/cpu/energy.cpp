@@ -29,8 +29,12 @@ struct Kind {
   double sign;
   double temperature;
 };
-Kind energy_kind(double temperature) { return {Reduction::kLogSumExp, -1.0, temperature}; }
-Kind joint_energy_kind() { return {Reduction::kSoftplusSum, 1.0, 1.0}; }
+Kind energy_kind(double temperature) {
+  return {Reduction::kLogSumExp, -1.0, temperature};
+}
+Kind joint_energy_kind() {
+  return {Reduction::kSoftplusSum, 1.0, 1.0};
+}
 
 RowCall call_of(Kind kind, Pass pass, const Tensor& logits, const Rows& rows) {
   RowCall call{};
@@ -58,8 +62,8 @@ Tensor forward(Kind kind, const Tensor& logits) {
 }
 
 // What both derivatives read. `saved` is the score, or `grad` once more where no slope needs it.
-Tensor differentiate(Kind kind, const Tensor& grad, const Tensor& logits, const Tensor& saved,
-                     const Tensor* cotangent, Tensor* grad_grad) {
+Tensor differentiate(Kind kind, const Tensor& grad, const Tensor& logits, const Tensor& saved, const Tensor* cotangent,
+                     Tensor* grad_grad) {
   check_logits(logits);
   check_per_row(grad, "grad", logits);
   check_per_row(saved, "energy", logits);
@@ -91,20 +95,19 @@ Tensor differentiate(Kind kind, const Tensor& grad, const Tensor& logits, const 
 Tensor energy(const Tensor& logits, double temperature) {
   return forward(energy_kind(temperature), logits);
 }
-Tensor energy_backward(const Tensor& grad, const Tensor& logits, const Tensor& energy,
-                       double temperature) {
+Tensor energy_backward(const Tensor& grad, const Tensor& logits, const Tensor& energy, double temperature) {
   return differentiate(energy_kind(temperature), grad, logits, energy, nullptr, nullptr);
 }
-std::tuple<Tensor, Tensor> energy_double_backward(const Tensor& cotangent, const Tensor& grad,
-                                                  const Tensor& logits, const Tensor& energy,
-                                                  double temperature) {
+std::tuple<Tensor, Tensor> energy_double_backward(const Tensor& cotangent, const Tensor& grad, const Tensor& logits,
+                                                  const Tensor& energy, double temperature) {
   Tensor grad_grad;
-  Tensor result =
-      differentiate(energy_kind(temperature), grad, logits, energy, &cotangent, &grad_grad);
+  Tensor result = differentiate(energy_kind(temperature), grad, logits, energy, &cotangent, &grad_grad);
   return {grad_grad, result};
 }
 
-Tensor joint_energy(const Tensor& logits) { return forward(joint_energy_kind(), logits); }
+Tensor joint_energy(const Tensor& logits) {
+  return forward(joint_energy_kind(), logits);
+}
 Tensor joint_energy_backward(const Tensor& grad, const Tensor& logits) {
   return differentiate(joint_energy_kind(), grad, logits, grad, nullptr, nullptr);
 }

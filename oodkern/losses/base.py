@@ -177,4 +177,3 @@ class OutlierLoss(nn.Module):
             low, high = int(target.min()), int(target.max())
             if high >= K or (logits_ood is not None and low < 0):
                 raise ValueError(f"target: expected classes in 0..{K - 1}, got {high if high >= K else low}")
-

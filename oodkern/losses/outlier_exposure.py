@@ -34,10 +34,8 @@ class OutlierExposureLoss(OutlierLoss):
 
     def ood_terms(self, logits: Tensor, score: Tensor) -> Terms:
         if self.multi_label:
-            flat = score / max(logits.shape[-1], 1)
-        else:
-            flat = -score - logits.mean(-1, dtype=score.dtype)
-        return {"oe": (self.alpha, flat)}
+            return {"oe": (self.alpha, score / max(logits.shape[-1], 1))}
+        return {"oe": (self.alpha, -score - logits.mean(-1, dtype=score.dtype))}
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, reduction={self.reduction!r}, multi_label={self.multi_label}"

@@ -59,12 +59,12 @@ class RowScore(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.name, saves_score, tensor, ctx.parameter = inputs
+        ctx.op, saves_score, tensor, ctx.parameter = inputs
         ctx.save_for_backward(tensor, output if saves_score else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, None, RowScoreGradient.apply(ctx.name, grad, *ctx.saved_tensors, ctx.parameter), None
+        return None, None, RowScoreGradient.apply(ctx.op, grad, *ctx.saved_tensors, ctx.parameter), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -78,12 +78,12 @@ class RowScoreGradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.name, *tensors, ctx.parameter = inputs
+        ctx.op, *tensors, ctx.parameter = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple:
-        grad, tensor = RowScoreCurvature.apply(ctx.name, cotangent, *ctx.saved_tensors, ctx.parameter)
+        grad, tensor = RowScoreCurvature.apply(ctx.op, cotangent, *ctx.saved_tensors, ctx.parameter)
         return None, grad, tensor, None, None
 
     @staticmethod
@@ -100,12 +100,12 @@ class RowScoreCurvature(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.name = inputs[0]
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         raise RuntimeError(
-            f"oodkern.{ctx.name} can be differentiated twice, and a third derivative was asked for. "
+            f"oodkern.{ctx.op} can be differentiated twice, and a third derivative was asked for. "
             "`with oodkern.backend('reference'):` computes it with plain PyTorch, to any order."
         )
 

@@ -43,7 +43,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def save_scores(path: Path, scores: Mapping[str, Tensor]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: values.numpy() for name, values in scores.items()})
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in scores.items()}
+    np.savez(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from bar import FLOATS, Op, OpBar, assert_two_sided, in_float64, like, value_and_gradients
+from bar import Op, OpBar
+from layouts import FLOATS
+from oracle import assert_two_sided, in_float64, like, value_and_gradients
 
 import oodkern
 from oodkern import reference
@@ -42,7 +44,9 @@ def raw_arguments(name, *constants):
 
 
 class TestEnergy(OpBar):
-    op = Op(oodkern.energy, reference.energy, eager_energy, SHAPES, raw_arguments("energy", 1.0), condition=largest_finite)
+    op = Op(
+        oodkern.energy, reference.energy, eager_energy, SHAPES, raw_arguments("energy", 1.0), condition=largest_finite
+    )
 
 
 class TestEnergyWithTemperature(OpBar):
@@ -113,7 +117,11 @@ class TestInfinities:
         assert gradient.isfinite().all()
 
     def test_plus_infinity(self, dtype, backend):
-        for row in ([torch.inf, 0.0, 1.0], [torch.inf, -torch.inf, torch.inf], [3.0] * 1500 + [torch.inf] + [5.0] * 1500):
+        for row in (
+            [torch.inf, 0.0, 1.0],
+            [torch.inf, -torch.inf, torch.inf],
+            [3.0] * 1500 + [torch.inf] + [5.0] * 1500,
+        ):
             z = torch.tensor([row], dtype=dtype)
             assert oodkern.energy(z) == -torch.inf
             assert oodkern.joint_energy(z) == torch.inf
@@ -198,11 +206,17 @@ def test_every_sixteen_bit_number(name, dtype):
 def test_gradients_are_rounded_to_nearest_even(dtype):
     """One class: dE/dz = -g exactly, so the gradient shows the kernel's rounding of g and nothing else."""
     bits = torch.randint(-(2**31), 2**31, (1 << 18,), dtype=torch.int64).to(torch.int32)
-    edges = torch.tensor([65504.0, 65519.996, 65520.0, 6.1e-5, 6.1035e-5, 5.96e-8, 2.98e-8, 2.99e-8, 0.0, -0.0, torch.inf])
+    edges = torch.tensor(
+        [65504.0, 65519.996, 65520.0, 6.1e-5, 6.1035e-5, 5.96e-8, 2.98e-8, 2.99e-8, 0.0, -0.0, torch.inf]
+    )
     upstream = torch.cat([bits.view(torch.float32), edges, -edges])
-    gradient = torch.ops.oodkern.energy_backward(upstream, torch.zeros(len(upstream), 1, dtype=dtype), torch.zeros_like(upstream), 1.0)
+    gradient = torch.ops.oodkern.energy_backward(
+        upstream, torch.zeros(len(upstream), 1, dtype=dtype), torch.zeros_like(upstream), 1.0
+    )
     expected = (-upstream).to(dtype)
-    same = (gradient.squeeze(-1).view(torch.int16) == expected.view(torch.int16)) | expected.isnan() & gradient.squeeze(-1).isnan()
+    same = (gradient.squeeze(-1).view(torch.int16) == expected.view(torch.int16)) | expected.isnan() & gradient.squeeze(
+        -1
+    ).isnan()
     assert same.all(), upstream[~same][:5]
 
 
@@ -218,3 +232,11 @@ def test_more_than_two_to_the_31_elements():
     gradient = torch.ops.oodkern.joint_energy_backward(torch.ones(()).expand(rows), z)
     torch.testing.assert_close(gradient[-3:], torch.sigmoid(tail.float()).bfloat16())
     assert (gradient[::100_000][:-1] == 0.5).all()
+
+
+def test_graph_nodes_keep_their_own_names():
+    """Attributes set on a Function's context become the node's, and `name` would hide the method `name()`."""
+    z = torch.randn(2, 3, requires_grad=True)
+    assert oodkern.energy(z).grad_fn.name() == "RowScoreBackward"
+    with torch.autograd.detect_anomaly(check_nan=True):
+        oodkern.energy(z).sum().backward()

@@ -12,8 +12,12 @@ namespace oodkern::OODKERN_ISA {
 
 #define OODKERN_INLINE inline __attribute__((always_inline))
 
-OODKERN_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-OODKERN_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+OODKERN_INLINE float as_float(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+OODKERN_INLINE uint32_t as_bits(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
 
 struct Double {
   using Real = double;
@@ -93,9 +97,15 @@ struct Float16 {
   uint16_t bits;
 };
 
-OODKERN_INLINE double load(double x) { return x; }
-OODKERN_INLINE float load(float x) { return x; }
-OODKERN_INLINE float load(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
+OODKERN_INLINE double load(double x) {
+  return x;
+}
+OODKERN_INLINE float load(float x) {
+  return x;
+}
+OODKERN_INLINE float load(BFloat16 x) {
+  return as_float(uint32_t(x.bits) << 16);
+}
 // A half's exponent and mantissa, moved to a float's place, read 2^-112 times the value, subnormals
 // included; the multiplication puts that right. Infinity and NaN (exponent 31) get exponent 255.
 OODKERN_INLINE float load(Float16 x) {
@@ -106,8 +116,12 @@ OODKERN_INLINE float load(Float16 x) {
   return as_float(finite_or_not | sign);
 }
 
-OODKERN_INLINE void store(double* out, double x) { *out = x; }
-OODKERN_INLINE void store(float* out, float x) { *out = x; }
+OODKERN_INLINE void store(double* out, double x) {
+  *out = x;
+}
+OODKERN_INLINE void store(float* out, float x) {
+  *out = x;
+}
 // Round to nearest, ties to even; a NaN keeps a mantissa bit.
 OODKERN_INLINE void store(BFloat16* out, float x) {
   const uint32_t bits = as_bits(x);

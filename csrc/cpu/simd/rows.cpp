@@ -1,7 +1,7 @@
 // The CPU row engine: a row is read from memory once, in blocks that stay in the first-level cache,
 // and is reduced, or turned into a gradient, on the way. Compiled once per instruction set.
-#include "../../reduce.h"
 #include "../rows.h"
+#include "../../reduce.h"
 #include "math.h"
 
 namespace oodkern::OODKERN_ISA {
@@ -48,8 +48,7 @@ template <>
 constexpr bool kCostlyLoad<Float16> = true;
 
 template <class Reducer, class Stored>
-OODKERN_INLINE typename Reducer::State reduce_block(const Reducer& reducer, const Stored* z,
-                                                    int64_t size) {
+OODKERN_INLINE typename Reducer::State reduce_block(const Reducer& reducer, const Stored* z, int64_t size) {
   using Real = typename Reducer::Real;
   Real pivot = Reducer::init().maximum;
   if constexpr (Reducer::kPivot) {
@@ -147,8 +146,7 @@ void run(const RowCall& call, int64_t begin, int64_t end) {
   switch (call.pass) {
     case Pass::kForward: return forward<Reducer<Math>, Stored>(reducer, call, begin, end);
     case Pass::kBackward: return backward<Reducer<Math>, Stored>(reducer, call, begin, end);
-    case Pass::kDoubleBackward:
-      return double_backward<Reducer<Math>, Stored>(reducer, call, begin, end);
+    case Pass::kDoubleBackward: return double_backward<Reducer<Math>, Stored>(reducer, call, begin, end);
   }
 }
 

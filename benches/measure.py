@@ -1,0 +1,76 @@
+"""How benchmarks measure: side by side, interleaved, medians; memory and error in the same row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracle import memory_events
+from torch import Tensor
+
+Work = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """One case: what was timed, and for each contender its median, peak extra memory and error."""
+
+    room: str
+    case: str
+    shape: tuple[int, ...]
+    dtype: str
+    milliseconds: dict[str, float]
+    megabytes: dict[str, float]
+    error: dict[str, float]
+    target: float | None = None  # the ratio to eager that was aimed for
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        return self.milliseconds["eager"] / self.milliseconds["oodkern"]
+
+
+def interleaved_medians(contenders: Mapping[str, Work], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns, so that a machine that speeds up or slows down does so for all.
+
+    The first turn warms up and does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, work in contenders.items():
+            started = time.perf_counter()
+            result = work()
+            took = time.perf_counter() - started
+            del result  # freeing is not part of the next one's time
+            if turn:
+                times[name].append(took * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_megabytes(work: Work) -> float:
+    """The most that `work` held at once beyond what it was given, its result included."""
+    held = peak = 0
+    for change in memory_events(work):
+        held += change
+        peak = max(peak, held)
+    return peak / 1e6
+
+
+def relative_error(result: Tensor, oracle: Tensor) -> float:
+    """Largest error in units of the largest magnitude of the oracle (float64 of the rounded inputs)."""
+    return float((result.double() - oracle).abs().max() / oracle.abs().max())
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        model = "unknown"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": model, "capability": capability, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,0 +1,237 @@
+"""Outlier Exposure and energy losses against their formulas, written out in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import like
+
+import oodkern
+from oodkern.losses import EnergyLoss, OutlierExposureLoss
+
+N, M, K = 9, 14, 7
+
+
+def single_label(dtype=torch.float64):
+    torch.manual_seed(3)
+    return (torch.randn(N, K) * 4).to(dtype), torch.randint(0, K, (N,)), (torch.randn(M, K) * 4).to(dtype)
+
+
+def multi_label(dtype=torch.float64):
+    logits_id, _, logits_ood = single_label(dtype)
+    target = torch.randint(0, 2, (N, K))
+    target[2] = 0  # a row without labels is ID all the same
+    return logits_id, target, logits_ood
+
+
+def oe_formula(zi, y, zo, alpha=0.5):
+    zi, zo = zi.double(), zo.double()
+    return F.cross_entropy(zi, y) + alpha * -(F.log_softmax(zo, -1).mean(-1)).mean()
+
+
+def energy_formula(zi, y, zo, alpha=0.1, margin_in=-9.0, margin_out=-6.0, T=1.0):
+    zi, zo = zi.double(), zo.double()
+    ei, eo = (-T * torch.logsumexp(z / T, -1) for z in (zi, zo))
+    return (
+        F.cross_entropy(zi, y)
+        + alpha * ((ei - margin_in).relu() ** 2).mean()
+        + alpha * ((margin_out - eo).relu() ** 2).mean()
+    )
+
+
+def multi_label_oe_formula(zi, y, zo, alpha=0.5):
+    zi, zo = zi.double(), zo.double()
+    return F.binary_cross_entropy_with_logits(zi, y.double()) + alpha * F.softplus(zo, threshold=99).mean()
+
+
+def multi_label_energy_formula(zi, y, zo, alpha=0.1, margin_in=-15.0, margin_out=-10.0):
+    zi, zo = zi.double(), zo.double()
+    ei, eo = (-F.softplus(z, threshold=99).sum(-1) for z in (zi, zo))
+    hinges = ((ei - margin_in).relu() ** 2).mean() + ((margin_out - eo).relu() ** 2).mean()
+    return F.binary_cross_entropy_with_logits(zi, y.double()) + alpha * hinges
+
+
+CASES = {
+    "oe": (OutlierExposureLoss(), oe_formula, single_label),
+    "energy": (EnergyLoss(margin_in=-9.0, margin_out=-6.0), energy_formula, single_label),
+    "energy T": (
+        EnergyLoss(margin_in=-9.0, margin_out=-6.0, temperature=2.5),
+        lambda *a: energy_formula(*a, T=2.5),
+        single_label,
+    ),
+    "oe multi-label": (OutlierExposureLoss(multi_label=True), multi_label_oe_formula, multi_label),
+    "energy multi-label": (
+        EnergyLoss(margin_in=-15.0, margin_out=-10.0, multi_label=True),
+        multi_label_energy_formula,
+        multi_label,
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def mixed(logits_id, target, logits_ood):
+    """The same rows as one shuffled batch, outliers marked by negative targets."""
+    order = torch.randperm(N + M, generator=torch.Generator().manual_seed(1))
+    logits = torch.cat([logits_id, logits_ood])[order]
+    labels = torch.cat([target, target.new_full((M, *target.shape[1:]), -1)])[order]
+    return logits, labels, order
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_value_and_gradients(case, backend):
+    loss, formula, batch = case
+    zi, y, zo = batch()
+    results = []
+    with oodkern.backend(backend):
+        for function in (loss, formula):
+            leaves = [z.clone().requires_grad_() for z in (zi, zo)]
+            value = function(leaves[0], y, leaves[1])
+            results.append([value, *torch.autograd.grad(value, leaves)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert all(gradient.abs().sum() > 0 for gradient in results[0][1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_low_precision(case, dtype):
+    loss, formula, batch = case
+    zi, y, zo = batch(dtype)
+    value = loss(zi, y, zo)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), formula(zi, y, zo), rtol=2e-6, atol=1e-6)
+
+
+def test_mixed_is_split(case):
+    loss, _, batch = case
+    zi, y, zo = batch()
+    logits, labels, order = mixed(zi, y, zo)
+    (value, parts), (again, parts_again) = loss(zi, y, zo, return_parts=True), loss(logits, labels, return_parts=True)
+    torch.testing.assert_close(again, value, rtol=1e-12, atol=0)
+    assert parts.keys() == parts_again.keys()
+    for name in parts:
+        torch.testing.assert_close(parts_again[name], parts[name], rtol=1e-12, atol=0)
+        assert not parts[name].requires_grad
+    if loss.multi_label:
+        is_ood = order >= N
+        torch.testing.assert_close(loss(logits, labels.clamp_min(0), is_ood=is_ood), value, rtol=1e-12, atol=0)
+
+
+def test_parts_make_the_loss(case):
+    loss, _, batch = case
+    value, parts = loss(*batch(), return_parts=True)
+    weights = {"ce": 1.0, "bce": 1.0}
+    torch.testing.assert_close(sum(weights.get(name, loss.alpha) * part for name, part in parts.items()), value)
+
+
+def test_reductions(case):
+    loss, _, batch = case
+    zi, y, zo = batch()
+    logits, labels, order = mixed(zi, y, zo)
+
+    def reduced(how, *arguments):
+        loss.reduction = how
+        try:
+            return loss(*arguments)
+        finally:
+            loss.reduction = "mean"
+
+    rows = reduced("none", zi, y, zo)
+    assert rows.shape == (N + M,)
+    torch.testing.assert_close(reduced("none", logits, labels), rows[order])
+    torch.testing.assert_close(rows[:N].mean() + rows[N:].mean(), reduced("mean", zi, y, zo))
+    for arguments in ((zi, y, zo), (logits, labels)):
+        torch.testing.assert_close(reduced("sum", *arguments), rows.sum())
+        torch.testing.assert_close(reduced("batchmean", *arguments), rows.sum() / (N + M))
+
+
+def test_empty_parts_keep_the_graph(case):
+    loss, _, batch = case
+    zi, y, zo = batch()
+    for i, t, o in ((zi[:0], y[:0], zo), (zi, y, zo[:0]), (zi[:0], y[:0], zo[:0])):
+        leaves = [z.clone().requires_grad_() for z in (i, o)]
+        value, parts = loss(leaves[0], t, leaves[1], return_parts=True)
+        assert value.isfinite()
+        assert all(part.isfinite() for part in parts.values())
+        value.backward()
+        assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+    for labels in (y, torch.full_like(y, -1)):
+        leaf = zi.clone().requires_grad_()
+        loss(leaf, labels).backward()
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.abs().sum() > 0
+
+
+def test_other_rows_do_not_reach_a_part(case):
+    """A NaN or infinite outlier poisons the OOD part alone."""
+    loss, _, batch = case
+    zi, y, zo = batch()
+    zo[3, 1] = torch.nan
+    logits, labels, _ = mixed(zi, y, zo)
+    _, parts = loss(logits, labels, return_parts=True)
+    classification = parts["bce" if loss.multi_label else "ce"]
+    assert classification.isfinite()
+
+
+def test_compiles(case):
+    loss, _, batch = case
+    zi, y, zo = batch(torch.float32)
+    logits, labels, _ = mixed(zi, y, zo)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for arguments in ((zi, y, zo), (logits, labels)):
+        torch.testing.assert_close(compiled(*arguments), loss(*arguments))
+
+
+def test_differentiable_twice(case):
+    """A gradient penalty on the logits goes through the loss."""
+    loss, formula, batch = case
+    zi, y, zo = batch()
+    results = []
+    for function in (loss, formula):
+        leaf = zi.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf, y, zo), leaf, create_graph=True)
+        results += torch.autograd.grad((first * like(first)).sum(), leaf)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_defaults():
+    loss = EnergyLoss()
+    assert (loss.alpha, loss.margin_in, loss.margin_out, loss.temperature) == (0.1, -25.0, -7.0, 1.0)
+    assert OutlierExposureLoss().alpha == 0.5
+    assert "margin_in=-25.0" in repr(loss)
+
+
+def test_rejects():
+    zi, y, zo = single_label()
+    loss = OutlierExposureLoss()
+    with pytest.raises(ValueError, match="margin_in < margin_out"):
+        EnergyLoss(margin_in=-7, margin_out=-25)
+    with pytest.raises(ValueError, match="margin_in < margin_out"):
+        EnergyLoss(margin_in=float("nan"))
+    with pytest.raises(ValueError, match="alpha: expected a positive finite number, got -1"):
+        OutlierExposureLoss(alpha=-1)
+    with pytest.raises(ValueError, match="reduction: expected one of mean, sum, batchmean, none, got 'avg'"):
+        OutlierExposureLoss(reduction="avg")
+    with pytest.raises(ValueError, match="temperature: JointEnergy has none"):
+        EnergyLoss(temperature=2.0, multi_label=True)
+    with pytest.raises(ValueError, match=r"target: expected classes in 0\.\.6, got 7"):
+        loss(zi, y.clone().fill_(7), zo)
+    with pytest.raises(ValueError, match=r"target: expected classes in 0\.\.6, got -1"):
+        loss(zi, y.clone().fill_(-1), zo)
+    with pytest.raises(
+        ValueError, match=r"target: expected \[9\], got \[9, 7\] \(multi-label targets need multi_label=True\)"
+    ):
+        loss(zi, torch.zeros(N, K), zo)
+    with pytest.raises(TypeError, match="target: expected integers, got"):
+        loss(zi, y.float(), zo)
+    with pytest.raises(ValueError, match="logits_ood: expected 7 classes"):
+        loss(zi, y, zo[:, :3])
+    with pytest.raises(ValueError, match=r"logits: expected \[N, K\], got \[7\]"):
+        loss(zi[0], y[0], zo)
+    with pytest.raises(ValueError, match="is_ood: goes with the mixed style"):
+        loss(zi, y, is_ood=y < 0)
+    with pytest.raises(ValueError, match=r"is_ood: expected bool \[9\]"):
+        OutlierExposureLoss(multi_label=True)(zi, torch.zeros(N, K), is_ood=torch.zeros(3, dtype=torch.bool))

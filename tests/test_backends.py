@@ -1,0 +1,106 @@
+import inspect
+
+import pytest
+import torch
+
+import oodkern
+from oodkern import backends, reference
+from oodkern.backends import BACKENDS, KERNELS, available_backends, backend, choose_backend
+
+
+def test_choice_is_a_function_of_its_arguments():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert choose_backend("energy", 100, 0, 10, dtype, "cpu") == "native"
+        assert choose_backend("energy", 100, 0, 10, dtype, "cpu", available=("reference",)) == "reference"
+        assert choose_backend("energy", 100, 0, 10, dtype, "sm_90") == "reference"
+        assert choose_backend("energy", 100, 0, 10, dtype, "mps") == "reference"
+    assert choose_backend("energy", 100, 0, 10, torch.int64, "cpu") == "reference"
+    assert next(iter(inspect.signature(choose_backend).parameters)) == "room"
+    with pytest.raises(ValueError, match="room: expected one of energy, got 'enery'"):
+        choose_backend("enery", 1, 1, 1, torch.float32, "cpu")
+
+
+def test_table_names_known_backends():
+    for devices in KERNELS.values():
+        for names in devices.values():
+            assert set(names) <= set(BACKENDS) - {"reference"}
+
+
+def grad_name(z):
+    return oodkern.energy(z).grad_fn.name()
+
+
+def test_demand_is_obeyed_and_restored():
+    z = torch.randn(3, 4, requires_grad=True)
+    assert "RowScore" in grad_name(z)
+    with backend("reference"):
+        assert "RowScore" not in grad_name(z)
+        with backend("native"):
+            assert "RowScore" in grad_name(z)
+        assert "RowScore" not in grad_name(z)
+        with pytest.raises(ZeroDivisionError), backend("native"):
+            raise ZeroDivisionError
+        assert "RowScore" not in grad_name(z)
+    assert "RowScore" in grad_name(z)
+
+
+def test_a_demand_that_cannot_be_met_is_an_error():
+    z = torch.randn(3, 4)
+    with (
+        pytest.raises(ValueError, match="name: expected one of native, triton, reference, got 'cuda'"),
+        backend("cuda"),
+    ):
+        pass
+    with (
+        backend("triton"),
+        pytest.raises(
+            RuntimeError, match=r"backend\('triton'\) cannot compute `energy` on cpu: it has native, reference"
+        ),
+    ):
+        oodkern.energy(z)
+
+
+def test_other_devices_take_the_reference():
+    """A meta tensor stands for a device without kernels: shapes and dtypes come out, from plain PyTorch."""
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        z = torch.empty(5, 7, dtype=dtype, device="meta")
+        for function in (oodkern.energy, oodkern.joint_energy):
+            value = function(z)
+            assert (value.shape, value.dtype, value.device.type) == ((5,), expected, "meta")
+    assert available_backends("meta") == ("reference",)
+
+
+def test_both_backends_agree():
+    z = torch.randn(40, 100)
+    for function, oracle in ((oodkern.energy, reference.energy), (oodkern.joint_energy, reference.joint_energy)):
+        with backend("native"):
+            native = function(z)
+        with backend("reference"):
+            assert torch.equal(function(z), oracle(z))
+        torch.testing.assert_close(native, oracle(z), rtol=1e-6, atol=1e-6)
+
+
+def test_switching_under_compile():
+    """The demand is a global that torch.compile guards on: switching recompiles rather than staying with the first."""
+    torch._dynamo.reset()
+    compiled = torch.compile(oodkern.energy, fullgraph=True)
+    z = torch.randn(4, 6)
+    expected = oodkern.energy(z)
+    torch.testing.assert_close(compiled(z), expected)
+    counters = torch._dynamo.utils.counters
+    before = counters["stats"]["unique_graphs"]
+    with backend("reference"):
+        torch.testing.assert_close(compiled(z), expected)
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_arch(device):
+    assert backends.arch_of(torch.device(device)) == device
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_take_the_reference():
+    z = torch.randn(40, 100, device="cuda", requires_grad=True)
+    torch.testing.assert_close(oodkern.energy(z), -torch.logsumexp(z, -1))
+    assert backends.arch_of(z.device).startswith("sm_")
