@@ -60,7 +60,7 @@ def assert_two_sided(
 
 def value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], order: int = 1) -> list[Tensor]:
     """The value, the gradients for a random upstream, and for order 2 those of the gradients for random cotangents."""
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]  # views stay views: the op sees their strides
     value = function(*inputs)
     upstream = like(value).requires_grad_()
     gradients = torch.autograd.grad(value, inputs, upstream, create_graph=order > 1)
