@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 
+
 def pytest_addoption(parser):
-    parser.addoption("--data", help="a folder of real data sets; tests that need one skip without it")
     parser.addoption("--second-python", help="an interpreter with another PyTorch, to load the built library under")
 
 
