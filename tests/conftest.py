@@ -8,7 +8,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 
-
 def pytest_addoption(parser):
     parser.addoption("--second-python", help="an interpreter with another PyTorch, to load the built library under")
 
