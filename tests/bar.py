@@ -7,6 +7,8 @@ A room describes its op once (`Op`) and inherits from `OpBar`; its test file the
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -126,6 +128,44 @@ class OpBar:
                     torch.autograd.grad(b, dense, g, retain_graph=True),
                 )
                 torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+    def test_strides_are_seen_by_the_double_backward(self) -> None:
+        """The same with every layout of the logits, of the upstream and of the cotangent."""
+        (base,) = self.op.inputs(((4, 6, 34),), torch.float32)
+        cotangents = [like(base), like(base.mT).mT, like(torch.cat([base, base], -1))[..., ::2]]
+        cotangents += [like(base[:1]).expand(4, 6, 34), like(base[..., :1]).expand(4, 6, 34)]
+        upstreams = [like(base[..., 0]), like(base[..., 0].mT).mT, like(base[0, :, 0]).expand(4, 6)]
+        views = (base, base.transpose(0, 1).contiguous().transpose(0, 1))
+        for view, t, g in itertools.product(views, cotangents, upstreams):
+            results = []
+            for dense in (False, True):
+                tensors = [x.clone(memory_format=torch.contiguous_format) if dense else x for x in (view, g, t)]
+                leaf, upstream, cotangent = tensors
+                leaf, upstream = leaf.detach().requires_grad_(), upstream.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.op.function(leaf), leaf, upstream, create_graph=True)
+                results.append(torch.autograd.grad(gradient, (upstream, leaf), cotangent))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+    def test_blocks_of_a_row_differ_in_magnitude(self, dtype: torch.dtype) -> None:
+        """Kernels read long rows in blocks and carry a state from one to the next: each block may be the largest."""
+        (base,) = self.op.inputs(((6, 5000),), torch.float64)
+        for i, order in enumerate(itertools.permutations((-90.0, 0.0, 90.0))):
+            base[i] += torch.tensor(order, dtype=torch.float64).repeat_interleave(1700)[:5000]
+        self.compare([base.to(dtype)], order=2)
+
+    def test_uses_all_threads(self) -> None:
+        """CPU time exceeds wall time: with one thread it cannot."""
+        if (threads := torch.get_num_threads()) < 2 or len(os.sched_getaffinity(0)) < 2:
+            pytest.skip(f"{threads} thread, {len(os.sched_getaffinity(0))} core")
+        (tensor,) = self.op.inputs(((4000, 5000),), torch.float32)
+
+        def busy() -> float:
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.op.function(tensor)
+            return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+        assert max(busy() for _ in range(20)) > 1.3
 
     def test_gradcheck(self) -> None:
         for shapes in self.op.shapes[:2]:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# How far the last roundings may put us from the oracle, in units of the result's own precision. Eager PyTorch
-# is the yardstick (twice its error is allowed); this floor serves where eager happens to be exact. In float64
-# the oracle rounds as much as we do, in another order.
+# How far rounding may put us from the oracle, in units of the precision that we compute with. Eager PyTorch is the
+# yardstick (twice its error is allowed); this floor serves where eager happens to be exact. In float64 the oracle
+# rounds as much as we do, in another order.
 SLACK = 8.0
 SLACK_FLOAT64 = 64.0
+# A 16-bit result is computed in float32 and rounded once: half a unit in the last place, and no more.
+ONE_ROUNDING = 0.501
 
 
 def like(tensor: Tensor, seed: int = 7) -> Tensor:
@@ -35,12 +37,12 @@ def assert_two_sided(
     size: Tensor | None = None,
     condition: Tensor | float = 0.0,
 ) -> None:
-    """error <= 2 * error of same-dtype eager + slack * eps * size, on both sides of the oracle.
+    """error <= 2 * error of same-dtype eager + (SLACK + condition) * eps * size + one rounding to 16 bits.
 
-    `oracle` is float64 of the rounded inputs. Scores are judged one by one; for gradients (`rows`) the errors and
-    sizes of a row are its largest, so that a row is not forgiven because another one is large. `size` is the
-    magnitude that the roundings scale with where that is not the result's own: where terms cancel. `condition`
-    adds to the slack, in units of the score's precision (float32's for 16-bit results).
+    `oracle` is float64 of the rounded inputs; eps is that of the arithmetic (float32 for 16-bit results). Scores are
+    judged one by one; for gradients (`rows`) the errors and sizes of a row are its largest, so that a row is not
+    forgiven because another one is large. `size` is the magnitude that the roundings scale with where that is not
+    the result's own: where terms cancel.
     """
     assert ours.shape == oracle.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
     error = (ours.double() - oracle).abs()
@@ -49,9 +51,11 @@ def assert_two_sided(
     if rows:
         eager_error, size = largest(eager_error), largest(size)
     limits = torch.finfo(ours.dtype)
+    arithmetic = limits if ours.dtype == torch.float64 else torch.finfo(torch.float32)
     slack = SLACK_FLOAT64 if ours.dtype == torch.float64 else SLACK
-    score_eps = min(limits.eps, torch.finfo(torch.float32).eps)
-    allowed = 2 * eager_error + (slack * limits.eps + condition * score_eps) * size + limits.tiny
+    allowed = 2 * eager_error + (slack + condition) * arithmetic.eps * size + arithmetic.tiny
+    if limits.bits == 16:
+        allowed = allowed + ONE_ROUNDING * limits.eps * oracle.abs() + limits.tiny * limits.eps
     same = (ours.double() == oracle) | (ours.isnan() & oracle.isnan())
     bad = ~(same | (error <= allowed))
     worst = float((error / allowed)[bad].max()) if bad.any() else 0.0

@@ -7,9 +7,19 @@ from layouts import FLOATS
 from oracle import assert_two_sided, in_float64, like, value_and_gradients
 
 import oodkern
-from oodkern import reference
+from oodkern import _native, reference
 
-SHAPES = [((3, 5),), ((2, 3, 4),), ((1, 1),), ((7, 1),), ((4, 17),), ((5, 1024),), ((3, 1025),), ((33, 1000),)]
+SHAPES = [
+    ((3, 5),),
+    ((2, 3, 4),),
+    ((1, 1),),
+    ((7, 1),),
+    ((4, 17),),
+    ((5, 1024),),
+    ((3, 1025),),
+    ((3, 2500),),
+    ((33, 1000),),
+]
 
 
 def largest_finite(z):
@@ -161,6 +171,38 @@ def test_small_probabilities_keep_their_relative_accuracy():
         upstream, upstream64 = like(torch.empty(1)), like(torch.empty(1, dtype=torch.float64))
         exact = exact * (upstream.double() / upstream64).abs()
         assert ((ours.double() - exact).abs() / exact.abs()).max() < tolerance
+
+
+def test_exponentials_are_accurate_to_a_few_units_in_the_last_place():
+    """Over one period of the polynomials' argument and beyond, one entry at a time."""
+    x = torch.linspace(0, 3, 4001)
+    logits = torch.stack([torch.zeros_like(x), -x], -1)  # softmax and sigmoid of every x
+    for name in _native.instruction_sets():
+        try:
+            with _native.instruction_set(name):
+                softmax = -torch.ops.oodkern.energy_backward(torch.ones_like(x), logits, oodkern.energy(logits), 1.0)
+                sigmoid = torch.ops.oodkern.joint_energy_backward(torch.ones_like(x), logits)
+                softplus = oodkern.joint_energy(logits[:, 1:])
+        except RuntimeError as error:
+            assert "this processor" in str(error)
+            continue
+        exact = logits.double()
+        for ours, oracle, units in (
+            (softmax, exact.softmax(-1), 4.0),
+            (sigmoid, exact.sigmoid(), 2.0),
+            (softplus, exact[:, 1].exp().log1p(), 2.0),
+        ):
+            assert ((ours.double() - oracle).abs() / oracle).max() < units * 2**-23, name
+
+
+def test_the_best_instruction_set_is_in_use():
+    if len(_native.instruction_sets()) == 1:
+        pytest.skip("one instruction set on this architecture")
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    assert _native.instruction_set_in_use() == best
+    with _native.instruction_set("baseline"):
+        assert _native.instruction_set_in_use() == "baseline"
+    assert _native.instruction_set_in_use() == best
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
