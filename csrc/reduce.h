@@ -10,8 +10,10 @@
 //   slope(z, value)     d value / d z of one element
 //   curvature(z, value, t, u)   sum_j t_j d^2 value / (dz dz_j), given u = sum_j t_j slope_j
 //
-// `Math` brings the scalar type and the transcendental functions of the engine that instantiates
-// the reducer: a vectorisable polynomial on the CPU, an instruction on a GPU.
+// `Math` brings the types and the transcendental functions of the engine that instantiates the
+// reducer: Real, in which elements are computed (a vectorisable polynomial on the CPU, an instruction
+// on a GPU), and Sum, in which the parts of a row are added up. A million terms that are added in
+// float32 one block after another lose two digits, so the CPU's Sum is double: once a block, for nothing.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -29,10 +31,11 @@ namespace oodkern {
 template <class Math>
 struct LogSumExp {
   using Real = typename Math::Real;
+  using Sum = typename Math::Sum;
   static constexpr bool kPivot = true;
   struct State {
     Real maximum;
-    Real sum;
+    Sum sum;
   };
 
   Real temperature;
@@ -42,7 +45,7 @@ struct LogSumExp {
   explicit OODKERN_HOST_DEVICE LogSumExp(double t)
       : temperature(Real(t)), inverse_temperature(Real(1 / t)), scale(Real(1.4426950408889634 / t)) {}
 
-  static OODKERN_HOST_DEVICE State init() { return {-Math::infinity(), Real(0)}; }
+  static OODKERN_HOST_DEVICE State init() { return {-Math::infinity(), Sum(0)}; }
   static OODKERN_HOST_DEVICE Real pivot(Real z, Real running) { return z > running ? z : running; }
   static OODKERN_HOST_DEVICE Real finite(Real maximum) {
     return Math::absolute(maximum) == Math::infinity() ? Real(0) : maximum;
@@ -50,11 +53,11 @@ struct LogSumExp {
   OODKERN_HOST_DEVICE Real add(Real z, Real maximum) const { return Math::exp2((z - finite(maximum)) * scale); }
   OODKERN_HOST_DEVICE State merge(State a, State b) const {
     const Real maximum = pivot(a.maximum, b.maximum);
-    const Real sum_a = a.sum == Real(0) ? Real(0) : a.sum * add(finite(a.maximum), maximum);
-    const Real sum_b = b.sum == Real(0) ? Real(0) : b.sum * add(finite(b.maximum), maximum);
+    const Sum sum_a = a.sum == Sum(0) ? Sum(0) : a.sum * add(finite(a.maximum), maximum);
+    const Sum sum_b = b.sum == Sum(0) ? Sum(0) : b.sum * add(finite(b.maximum), maximum);
     return {maximum, sum_a + sum_b};
   }
-  OODKERN_HOST_DEVICE Real value(State s) const { return finite(s.maximum) + temperature * Math::log(s.sum); }
+  OODKERN_HOST_DEVICE Real value(State s) const { return finite(s.maximum) + temperature * Real(Math::log(s.sum)); }
   // softmax_k = exp((z_k - value) / T); a row of all -inf has no slope.
   OODKERN_HOST_DEVICE Real slope(Real z, Real value) const {
     return value == -Math::infinity() ? Real(0) : Math::exp2((z - value) * scale);
@@ -66,26 +69,27 @@ struct LogSumExp {
 };
 
 // sum_k log(1 + exp(z_k)), as max(z, 0) + log1p(exp(-|z|)): finite wherever z is, and relatively
-// exact for very negative z, where log(1 + exp(z)) would round to 0.
+// exact where log(1 + exp(z)) would round to 0, down to the smallest normal number (z > -87 in float32).
 template <class Math>
 struct SoftplusSum {
   using Real = typename Math::Real;
+  using Sum = typename Math::Sum;
   static constexpr bool kPivot = false;
   struct State {
     Real maximum;  // unused: one layout for every reducer keeps the engine free of special cases
-    Real sum;
+    Sum sum;
   };
 
   explicit OODKERN_HOST_DEVICE SoftplusSum(double) {}
 
-  static OODKERN_HOST_DEVICE State init() { return {Real(0), Real(0)}; }
+  static OODKERN_HOST_DEVICE State init() { return {Real(0), Sum(0)}; }
   static OODKERN_HOST_DEVICE Real pivot(Real, Real) { return Real(0); }
   OODKERN_HOST_DEVICE Real add(Real z, Real) const {
     const Real positive = z < Real(0) ? Real(0) : z;  // a NaN stays
     return positive + Math::log1p_unit(Math::exp_of_negative(-Math::absolute(z)));
   }
   OODKERN_HOST_DEVICE State merge(State a, State b) const { return {Real(0), a.sum + b.sum}; }
-  OODKERN_HOST_DEVICE Real value(State s) const { return s.sum; }
+  OODKERN_HOST_DEVICE Real value(State s) const { return Real(s.sum); }
   // sigmoid(z); both branches of the usual split share the one exponential of -|z|.
   OODKERN_HOST_DEVICE Real slope(Real z, Real) const {
     const Real e = Math::exp_of_negative(-Math::absolute(z));

@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   m.def("joint_energy_backward(Tensor grad, Tensor logits) -> Tensor");
   m.def("joint_energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits) -> (Tensor, Tensor)");
 
-  // CPU instruction sets: chooses one by its index in the build's list, returns the one in use before.
-  m.def("use_instruction_set(int index) -> int");
+  // The CPU instruction sets that were built and that this processor has, worst first, between spaces; the one
+  // in use (the best, unless another was chosen).
+  m.def("instruction_sets() -> str");
+  m.def("instruction_set() -> str");
+  m.def("use_instruction_set(str name) -> ()");
 }

@@ -11,14 +11,16 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+build: Any = None  # oodkern._build, which tells what was built
+no_build = ""  # why it cannot be asked
 try:
     from oodkern import _build as build
 except ImportError as error:
-    build = None
-    _no_build = str(error)
+    no_build = str(error)
 
 FOLDER = Path(__file__).resolve().parent
 HOW_TO_BUILD = "build with `pip install -e .`; `oodkern doctor` shows more"
@@ -29,6 +31,8 @@ def _load(name: str) -> str:
     path = FOLDER / name
     if not path.is_file():
         return f"{name} was not built"
+    if name == "_cpu.so" and hasattr(torch.ops.oodkern, "energy"):
+        return f"another copy of {name} is loaded in this process"  # registering the ops twice would end it
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -60,24 +64,23 @@ if missing["cpu"]:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that the CPU kernels were compiled for, worst first."""
-    return list(build.instruction_sets) if build is not None and not missing["cpu"] else []
+    """The instruction sets that the CPU kernels can run with on this processor, worst first."""
+    return [] if missing["cpu"] else torch.ops.oodkern.instruction_sets().split()
 
 
 def instruction_set_in_use() -> str:
-    """The one of `instruction_sets()` that the CPU kernels run with."""
-    index = torch.ops.oodkern.use_instruction_set(0)
-    torch.ops.oodkern.use_instruction_set(index)
-    return instruction_sets()[index]
+    """The one of `instruction_sets()` that the CPU kernels run with: the best, unless another was chosen."""
+    return torch.ops.oodkern.instruction_set()
 
 
 @contextlib.contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Runs the CPU kernels with one of `instruction_sets()` instead of the best: for tests and measurements.
+    """Runs the CPU kernels of the whole process with one of `instruction_sets()`: for tests and measurements.
 
     Raises RuntimeError where this processor does not have it.
     """
-    before = torch.ops.oodkern.use_instruction_set(instruction_sets().index(name))
+    before = instruction_set_in_use()
+    torch.ops.oodkern.use_instruction_set(name)
     try:
         yield
     finally:

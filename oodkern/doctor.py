@@ -34,7 +34,7 @@ def native_code() -> list[str]:
     build = _native.build
     lines = []
     if build is None:
-        lines.append(f"not built: {_native.HOW_TO_BUILD.split(';')[0]}")
+        lines.append(f"what was built is not known ({_native.no_build}): {_native.HOW_TO_BUILD.split(';')[0]}")
     else:
         lines += [
             f"built by {build.compiler} against the headers of PyTorch {build.torch_version}",
@@ -46,10 +46,12 @@ def native_code() -> list[str]:
         f"CPU: missing, {cpu}" if cpu else f"CPU: {', '.join(sets)}; in use {_native.instruction_set_in_use()}"
     )
     cuda = _native.missing["cuda"]
-    if cuda or build is None:
+    if cuda:
         lines.append(f"CUDA: none, {cuda}")
     else:
-        lines.append(f"CUDA: {build.cuda_version} for {', '.join(build.cuda_architectures)}")
+        lines.append(
+            f"CUDA: {build.cuda_version} for {', '.join(build.cuda_architectures)}" if build else "CUDA: loaded"
+        )
     return lines
 
 

@@ -3,6 +3,8 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <string>
+#include <vector>
 
 #include "../stable.h"
 
@@ -22,45 +24,75 @@ void run_rows(const RowCall&, int64_t, int64_t);
 
 namespace {
 
-// In the order of the build's list, best last; the conditions mirror the compiler flags of the build.
-constexpr RowEngine kEngines[] = {
-    baseline::run_rows,
+struct InstructionSet {
+  const char* name;
+  RowEngine engine;
+  bool supported;  // mirrors the compiler flags of the build
+};
+
+// Best last.
+const InstructionSet kSets[] = {
+    {"baseline", baseline::run_rows, true},
 #if defined(OODKERN_X86_64)
-    avx2::run_rows,
-    avx512::run_rows,
+    {"avx2", avx2::run_rows, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+    {"avx512", avx512::run_rows,
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl")},
 #endif
 };
 
-int64_t best_instruction_set() {
-#if defined(OODKERN_X86_64)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx2 ? (avx512 ? 2 : 1) : 0;
-#else
-  return 0;
-#endif
+const InstructionSet* best_set() {
+  const InstructionSet* best = kSets;
+  for (const InstructionSet& set : kSets) {
+    if (set.supported) best = &set;
+  }
+  return best;
 }
 
-std::atomic<int64_t>& instruction_set() {
-  static std::atomic<int64_t> index{best_instruction_set()};
-  return index;
+std::atomic<const InstructionSet*>& set_in_use() {
+  static std::atomic<const InstructionSet*> set{best_set()};
+  return set;
 }
 
-int64_t use_instruction_set(int64_t index) {
-  STD_TORCH_CHECK(index >= 0 && index <= best_instruction_set(), "index: this processor runs instruction sets 0 to ",
-                  best_instruction_set(), ", got ", index);
-  return instruction_set().exchange(index);
+std::vector<std::string> supported_names() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : kSets) {
+    if (set.supported) names.push_back(set.name);
+  }
+  return names;
+}
+
+std::string instruction_sets() {
+  std::string joined;
+  for (const std::string& name : supported_names()) joined += (joined.empty() ? "" : " ") + name;
+  return joined;
+}
+
+std::string instruction_set() {
+  return set_in_use().load()->name;
+}
+
+void use_instruction_set(std::string name) {
+  for (const InstructionSet& set : kSets) {
+    if (set.supported && name == set.name) {
+      set_in_use() = &set;
+      return;
+    }
+  }
+  STD_TORCH_CHECK(false, "name: this processor runs ", instruction_sets(), ", got ", name);
 }
 
 }  // namespace
 
 RowEngine row_engine() {
-  return kEngines[instruction_set().load()];
+  return set_in_use().load()->engine;
 }
 
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&oodkern::instruction_sets));
+  m.impl("instruction_set", TORCH_BOX(&oodkern::instruction_set));
   m.impl("use_instruction_set", TORCH_BOX(&oodkern::use_instruction_set));
 }

@@ -129,11 +129,12 @@ def test_no_flag_that_flushes_denormals():
 
 
 def test_what_was_built():
-    from oodkern import _build
+    from oodkern import _build, _native
 
     assert "++" in _build.compiler or "clang" in _build.compiler
     assert "-O3" in _build.flags
     assert _build.instruction_sets == list(native_build.INSTRUCTION_SETS)
+    assert _native.instruction_sets() == _build.instruction_sets[: len(_native.instruction_sets())]
     assert (_build.cuda_version is None) == bool(_build.cuda_reason)
 
 

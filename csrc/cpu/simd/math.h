@@ -1,6 +1,7 @@
 // Scalar functions that GCC and Clang vectorise inside an `omp simd` loop: straight-line arithmetic,
-// no table, no call. Everything lives in a namespace named after the instruction set, because an
-// inline function that two instruction sets share is merged by the linker into either of its bodies.
+// no table, no call. (Double calls libm: it serves gradcheck, not speed.) Everything lives in a namespace named after
+// the instruction set, because an inline function that two instruction sets share is merged by the linker into either
+// of its bodies.
 //
 // No -ffast-math here or anywhere: linked into a library it makes the whole process flush
 // denormals, and it would drop the NaN and infinity handling that reduce.h relies on.
@@ -21,6 +22,7 @@ OODKERN_INLINE uint32_t as_bits(float x) {
 
 struct Double {
   using Real = double;
+  using Sum = double;
   static OODKERN_INLINE Real infinity() { return __builtin_inf(); }
   static OODKERN_INLINE Real absolute(Real x) { return __builtin_fabs(x); }
   static OODKERN_INLINE Real exp_of_negative(Real x) { return __builtin_exp(x); }
@@ -31,15 +33,16 @@ struct Double {
 
 struct Float {
   using Real = float;
+  using Sum = double;
   static OODKERN_INLINE Real infinity() { return __builtin_inff(); }
   static OODKERN_INLINE Real absolute(Real x) { return __builtin_fabsf(x); }
-  static OODKERN_INLINE Real log(Real x) { return __builtin_logf(x); }
+  static OODKERN_INLINE Sum log(Sum x) { return __builtin_log(x); }
 
   // 2^n and the rest of an exponential, from x already divided by ln 2. Adding 1.5 * 2^23 rounds to an
   // integer and leaves it in the low bits; with 127 more those bits, moved up, are the float 2^n, and
-  // n = -127 gives exactly 0. Clamping to [-127, 128] therefore makes what underflows 0 (what is
-  // under 2^-126 is below the rounding of any sum or gradient that it enters) and +inf stay +inf,
-  // without a comparison of its own. A NaN passes both comparisons and stays.
+  // n = -127 gives exactly 0. Clamping to [-127, 128] therefore makes 0 of what is under about 2^-126,
+  // the smallest normal number, and +inf of +inf, without a comparison of its own. A NaN passes both comparisons and
+  // stays.
   static constexpr float kRound = 12582912.0f + 127.0f;
   static OODKERN_INLINE Real clamp(Real x) {
     const float above = x < -127.0f ? -127.0f : x;

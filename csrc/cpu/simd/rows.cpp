@@ -1,5 +1,6 @@
 // The CPU row engine: a row is read from memory once, in blocks that stay in the first-level cache,
-// and is reduced, or turned into a gradient, on the way. Compiled once per instruction set.
+// and is reduced, or turned into a gradient, on the way. The double backward goes over a row twice and
+// finds it in cache the second time, unless it is longer than that. Compiled once per instruction set.
 #include "../rows.h"
 #include "../../reduce.h"
 #include "math.h"
@@ -105,7 +106,7 @@ void backward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_
 // The backward pass is grad = sign g slope(z). For a cotangent t of it:
 //   d/dg   sum_k t_k grad_k = sign u,  u = sum_k t_k slope_k
 //   d/dz_k sum_j t_j grad_j = sign g curvature_k
-// u must be complete before the first curvature is written; the row is in cache by then.
+// u must be complete before the first curvature is written.
 template <class Reducer, class Stored>
 void double_backward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_t end) {
   using Real = typename Reducer::Real;
@@ -119,14 +120,17 @@ void double_backward(const Reducer& reducer, const RowCall& call, int64_t begin,
     Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
     const Real value = sign * static_cast<const Real*>(call.saved_score)[row * call.saved_score_stride];
     const Real scale = sign * static_cast<const Real*>(call.grad_score)[row * call.grad_score_stride];
-    Real u = 0;
+    typename Reducer::Sum total = 0;
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
       const Real* z = widen(z_row + at, size, z_buffer);
       const Real* t = widen(t_row + at, size, t_buffer);
-#pragma omp simd reduction(+ : u)
-      for (int64_t k = 0; k < size; ++k) u += t[k] * reducer.slope(z[k], value);
+      Real part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t k = 0; k < size; ++k) part += t[k] * reducer.slope(z[k], value);
+      total += part;
     }
+    const Real u = Real(total);
     static_cast<Real*>(call.grad_grad_score)[row] = sign * u;
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
