@@ -29,10 +29,6 @@ class BuildNative(build_ext):
     def get_output_mapping(self):
         return {}
 
-    def get_source_files(self):
-        files = (ROOT / "csrc").rglob("*")
-        return [str(path.relative_to(ROOT)) for path in files if path.is_file() and "__pycache__" not in path.parts]
-
 
 setup(
     ext_modules=[Extension("oodkern._build", sources=["csrc/build_info.cpp"])],

@@ -51,6 +51,7 @@ def pytest_terminal_summary(terminalreporter, config):
             write(f"  {name:<14} skipped: {why}")
     if name := config.getoption("--save"):
         path = ROOT / "benches" / "results" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
         rows = [asdict(row) | {"ratio": row.ratio} for row in ROWS]
         path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
         write(f"\nwritten to {path.relative_to(ROOT)}")

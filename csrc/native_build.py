@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from toolchain import (
@@ -92,18 +93,22 @@ def build_info(compiler: str, torch: Torch, cuda: Cuda) -> str:
     return "#pragma once\n" + "".join(f"#define OODKERN_{name} {value}\n" for name, value in values.items())
 
 
-def ninja_file(compiler: list[str], cuda: Cuda, python_module: str) -> str:
-    """The whole build as text. Paths are relative to the build folder, or system-wide."""
+def ninja_file(compiler: list[str], cuda: Cuda, python_module: str, made_with: str = "") -> str:
+    """The whole build as text. Paths are relative to the build folder, or system-wide.
+
+    `made_with` names the versions of compiler and PyTorch, whose files ninja does not watch: another one rebuilds.
+    """
     csrc = os.path.relpath(SOURCES, build_folder())
     python = sysconfig.get_path("include")
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
+    fingerprint = f"-DOODKERN_MADE_WITH={zlib.crc32(made_with.encode()):#x}"
     if len(INSTRUCTION_SETS) > 1:
         defines.append("-DOODKERN_X86_64")
     # -isystem keeps the headers of PyTorch and Python out of the dependency files: pip gives them new dates.
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {shlex.join(compiler)}",
-        f"flags = {shlex.join(COMMON_FLAGS)}",
+        f"flags = {shlex.join([*COMMON_FLAGS, fingerprint])}",
         f"torch = -isystem deps/torch/include {shlex.join(defines)}",
         # --no-as-needed: PyTorch is loaded with local symbols, so the libraries must be named even where the
         # linker thinks that they are not needed.
@@ -159,9 +164,10 @@ def library_names() -> list[str]:
 
 
 def run_ninja(folder: Path) -> None:
-    ninja = shutil.which("ninja")
+    # An environment that is used without being activated has its ninja beside its Python.
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if ninja is None:
-        raise BuildError("oodkern is built with ninja, and none is on PATH: run `pip install ninja`.")
+        raise BuildError("oodkern is built with ninja, and there is none: run `pip install ninja`.")
     # A compiler takes up to 1 GB for a source that includes PyTorch's headers; two a core keep a small
     # machine out of swap, and MAX_JOBS (the name that PyTorch's own extensions read) overrules.
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -192,7 +198,7 @@ def build(destination: Path) -> list[Path]:
     link(folder / "deps" / "torch", torch.path)
     link(folder / "deps" / "pybind11", Path(pybind11.get_include()))
     write_if_changed(folder / "build_info.h", build_info(version, torch, cuda))
-    write_if_changed(folder / "build.ninja", ninja_file(compiler, cuda, python_module))
+    write_if_changed(folder / "build.ninja", ninja_file(compiler, cuda, python_module, f"{version}; {torch.version}"))
     run_ninja(folder)
 
     destination.mkdir(parents=True, exist_ok=True)

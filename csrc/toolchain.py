@@ -58,8 +58,8 @@ def target_site_packages() -> list[Path]:
     if settings.is_file() and re.search(r"include-system-site-packages\s*=\s*true", settings.read_text()):
         base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
         folders += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
-    if site.ENABLE_USER_SITE:
-        folders.append(site.getusersitepackages())
+    elif sys.prefix == sys.base_prefix:
+        folders.append(site.getusersitepackages())  # site.ENABLE_USER_SITE is off inside pip's isolated build
     return [Path(folder) for folder in dict.fromkeys(folders)]
 
 
@@ -98,7 +98,7 @@ def find_torch() -> Torch:
 
 def find_compiler() -> tuple[list[str], str]:
     """The C++ compiler's command and the first line of what it says of itself."""
-    wanted = os.environ.get("CXX")
+    wanted = os.environ.get("CXX", "").strip()
     names = [wanted] if wanted else ["g++", "clang++", "c++"]
     for name in names:
         command = shlex.split(name)

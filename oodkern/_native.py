@@ -8,6 +8,7 @@ cannot be loaded, `oodkern` works all the same, with `oodkern.reference`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 build: Any = None  # oodkern._build, which tells what was built
 no_build = ""  # why it cannot be asked
 try:
-    from oodkern import _build as build
+    build = importlib.import_module("oodkern._build")
 except ImportError as error:
     no_build = str(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def train(options: argparse.Namespace) -> int:
     from oodkern.config import ConfigError, load_config, to_yaml
 
     given = list(options.arguments)
-    path = given.pop(0) if given and "=" not in given[0] else None
+    path = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
     try:
         config = load_config(path, given)
     except ConfigError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
         schema = schema_of(str(given.get("method", TrainConfig.method)))
         check_keys(OmegaConf.to_container(given), schema)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (OmegaConfBaseException, YAMLError) as error:
         where = getattr(error, "full_key", None)
         raise ConfigError(f"{where or path}: {str(error).splitlines()[0]}") from None
@@ -159,10 +162,20 @@ def check_values(config: TrainConfig) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key}: expected a positive number, got {value}")
-    at_least_zero = {"epochs": config.epochs, "pretrain.epochs": config.pretrain.epochs, "threads": config.threads}
-    for key, value in at_least_zero.items():
-        if value < 0:
-            raise ConfigError(f"{key}: expected 0 or more, got {value}")
+    ranges = {
+        "epochs": (config.epochs, math.inf),
+        "pretrain.epochs": (config.pretrain.epochs, math.inf),
+        "seed": (config.seed, 2**32),
+        "threads": (config.threads, 1024),
+        "optimizer.momentum": (config.optimizer.momentum, 1),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, math.inf),
+    }
+    for key, (value, end) in ranges.items():
+        if not 0 <= value < end:
+            limit = "" if end == math.inf else f" and less than {end}"
+            raise ConfigError(f"{key}: expected 0 or more{limit}, got {value}")
+    if any(parent.exists() and not parent.is_dir() for parent in (config.folder, *config.folder.parents)):
+        raise ConfigError(f"output, name: expected a folder, and {config.folder} is or lies under a file")
     if config.data.name != "digits":
         raise ConfigError(f"data.name: expected digits, got {config.data.name!r}")
     try:

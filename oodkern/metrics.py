@@ -45,8 +45,6 @@ def ood_metrics(id_scores: Any, ood_scores: Any, recall: float = 0.95) -> OODMet
     Raises ValueError where a set is empty, not one-dimensional, or holds NaN (with the count).
     """
     scores_id, scores_ood = scores_of(id_scores, "id_scores"), scores_of(ood_scores, "ood_scores")
-    if not 0 < recall <= 1:
-        raise ValueError(f"recall: expected a fraction in (0, 1], got {recall}")
     return OODMetrics(
         auroc=auroc(scores_id, scores_ood),
         aupr_out=aupr(positive=scores_ood, negative=scores_id),
@@ -82,14 +80,21 @@ def aupr(positive: Any, negative: Any, average_precision: bool = False) -> float
 def fpr_at_recall(positive: Any, negative: Any, recall: float = 0.95) -> float:
     """The false positive rate at the highest threshold whose recall is at least `recall`."""
     true, false = cumulative_counts(scores_of(positive, "positive"), scores_of(negative, "negative"))
-    reached = true >= np.ceil(recall * true[-1] - 1e-9)
+    reached = true >= needed(recall, int(true[-1]))
     return float(false[reached][0] / false[-1])
 
 
 def threshold_at_recall(id_scores: Any, recall: float = 0.95) -> float:
     """The smallest t with at least `recall` of the ID scores <= t."""
     ordered = np.sort(scores_of(id_scores, "id_scores"))
-    return float(ordered[int(np.ceil(recall * len(ordered) - 1e-9)) - 1])
+    return float(ordered[needed(recall, len(ordered)) - 1])
+
+
+def needed(recall: float, count: int) -> int:
+    """How many of `count` make a recall, one at least. The tolerance is for products such as 0.07 * 100 > 7."""
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall: expected a fraction in (0, 1], got {recall}")
+    return max(int(np.ceil(recall * count - 1e-9)), 1)
 
 
 def accuracy(prediction: Any, target: Any) -> float:
@@ -102,10 +107,12 @@ def accuracy(prediction: Any, target: Any) -> float:
 
 def mean_average_precision(scores: Any, target: Any) -> float:
     """mAP: average precision of each label, averaged over the labels that occur. Both [N, K], target in {0, 1}."""
-    scores, target = to_numpy(scores).astype(np.float64), to_numpy(target).astype(bool)
+    scores, target = to_numpy(scores).astype(np.float64), to_numpy(target)
     if scores.shape != target.shape or scores.ndim != 2:
         raise ValueError(f"scores, target: expected two [N, K], got {scores.shape} and {target.shape}")
-    values = []
+    if not np.isin(target, (0, 1)).all():
+        raise ValueError("target: expected 0 and 1 (leave the rows of outliers out)")
+    target, values = target.astype(bool), []
     for column, labels in zip(scores.T, target.T, strict=True):
         if labels.all():
             values.append(1.0)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from oodkern import _native
 from oodkern.cli import main
 
 
@@ -39,6 +40,24 @@ def test_not_finite_is_3(tmp_path, capsys):
     assert "the loss is" in capsys.readouterr().err
 
 
+def test_divergence_on_the_last_step_is_3_and_leaves_no_other_run(tmp_path, capsys):
+    arguments = [f"output={tmp_path}", "name=r", "pretrain.epochs=1", "epochs=1"]
+    assert main(["train", *arguments, "--quiet"]) == 0
+    assert (tmp_path / "r" / "last.ckpt").is_file()
+    code = main(["train", *arguments, "epochs=0", "optimizer.batch_size=758", "pretrain.lr=1e30", "--quiet"])
+    assert code == 3
+    assert "not finite after pretrain" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl"}
+
+
+def test_a_file_with_an_equals_sign_in_its_path(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1" / "c.yaml").write_text("seed: 77\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--show", "lr=1/c.yaml"]) == 0
+    assert "seed: 77" in capsys.readouterr().out
+
+
 def test_interrupt_is_130(tmp_path, monkeypatch, capsys):
     import oodkern.training
 
@@ -70,4 +89,13 @@ def test_doctor(tmp_path):
     done = call("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "energy on cpu: native" in done.stdout
-    assert "in use" in done.stdout
+    assert f"in use {_native.instruction_set_in_use()}" in done.stdout
+
+
+def test_doctor_without_the_module_that_tells(tmp_path):
+    """The module is for one version of Python, the kernels for all."""
+    program = "import sys; sys.modules['oodkern._build'] = None; from oodkern.cli import main; main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "what was built is not known" in done.stdout
+    assert "energy on cpu: native" in done.stdout

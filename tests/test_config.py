@@ -38,7 +38,13 @@ def test_resolved_configuration_reads_back(tmp_path):
         (["data.name=cifar"], "data.name: expected digits, got 'cifar'"),
         (["loss.margins=x"], "loss.margins: expected auto or fixed, got 'x'"),
         (["loss.margin_in=0"], "margin_in < margin_out"),
-        (["loss.alpha=-1"], "alpha: expected a positive finite number, got -1.0"),
+        (["loss.temperature=0"], "temperature: expected a positive number"),
+        (["seed=-1"], "seed: expected 0 or more and less than 4294967296, got -1"),
+        (["threads=100000"], "threads: expected 0 or more and less than 1024, got 100000"),
+        (["optimizer.momentum=2"], "optimizer.momentum: expected 0 or more and less than 1, got 2.0"),
+        (["optimizer.weight_decay=-1"], "optimizer.weight_decay: expected 0 or more, got -1.0"),
+        (["output=/dev/null"], "output, name: expected a folder, and /dev/null"),
+        (["loss.alpha=-1"], "alpha: expected a finite number that is not negative, got -1.0"),
         (["loss.alpha"], "loss.alpha: expected key=value"),
     ],
 )
@@ -56,6 +62,7 @@ def test_files_that_are_no_configuration(tmp_path):
     file.write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected `key: value` lines"):
         load_config(str(file))
-    file.write_text("a: [1\n")
-    with pytest.raises(ConfigError):
-        load_config(str(file))
+    for content in (b"a: [1\n", b"\xff\xfe\x00"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError):
+            load_config(str(file))

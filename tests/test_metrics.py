@@ -83,6 +83,11 @@ def test_rejects():
         metrics.ood_metrics(np.ones((2, 2)), [1.0])
     with pytest.raises(ValueError, match="recall"):
         metrics.ood_metrics([1.0], [1.0], recall=95)
+    for recall in (0.0, 95, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="recall: expected a fraction"):
+            metrics.threshold_at_recall([1.0, 2.0], recall)
+        with pytest.raises(ValueError, match="recall: expected a fraction"):
+            metrics.fpr_at_recall([1.0], [2.0], recall)
 
 
 def test_accuracy_and_map():
@@ -96,5 +101,8 @@ def test_accuracy_and_map():
     assert metrics.mean_average_precision(scores, target) == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="at least one label"):
         metrics.mean_average_precision(scores, np.zeros_like(target))
+    target[0] = -1
+    with pytest.raises(ValueError, match="leave the rows of outliers out"):
+        metrics.mean_average_precision(scores, target)
     with pytest.raises(ValueError, match="two non-empty"):
         metrics.accuracy(np.ones(3), np.ones(2))

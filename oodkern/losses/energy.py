@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from oodkern.losses.base import OutlierLoss, Terms, check_non_negative
 from oodkern.ops import energy
-from oodkern.ops._checks import check_positive
+from oodkern.ops._checks import check_temperature
 
 
 class EnergyLoss(OutlierLoss):
@@ -44,7 +45,7 @@ class EnergyLoss(OutlierLoss):
     ) -> None:
         super().__init__(reduction, multi_label)
         self.alpha = check_non_negative(alpha, "alpha")
-        self.temperature = check_positive(temperature, "temperature")
+        self.temperature = check_temperature(temperature)
         if not (math.isfinite(margin_in) and math.isfinite(margin_out) and margin_in < margin_out):
             raise ValueError(
                 f"margin_in, margin_out: expected finite numbers with margin_in < margin_out, since energies of ID "
@@ -60,14 +61,18 @@ class EnergyLoss(OutlierLoss):
             return -score
         return score if self.temperature == 1.0 else energy(logits, self.temperature)
 
-    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor) -> Terms:
-        above = (self.tempered(logits, score) - self.margin_in).relu()
-        name = "bce" if self.multi_label else "ce"
-        return {name: (1.0, self.classification(logits, target, score)), "energy_in": (self.alpha, above * above)}
+    def hinge(self, distance: Tensor, skip: Tensor | None) -> Tensor:
+        """relu(d)^2. Rows that do not count are skipped before the square, whose slope at an infinite d is NaN."""
+        outside = distance.relu() if skip is None else torch.where(skip, 0.0, distance.relu())
+        return outside * outside
 
-    def ood_terms(self, logits: Tensor, score: Tensor) -> Terms:
-        below = (self.margin_out - self.tempered(logits, score)).relu()
-        return {"energy_out": (self.alpha, below * below)}
+    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
+        above = self.hinge(self.tempered(logits, score) - self.margin_in, skip)
+        name = "bce" if self.multi_label else "ce"
+        return {name: (1.0, self.classification(logits, target, score)), "energy_in": (self.alpha, above)}
+
+    def ood_terms(self, logits: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
+        return {"energy_out": (self.alpha, self.hinge(self.margin_out - self.tempered(logits, score), skip))}
 
     def extra_repr(self) -> str:
         return (

@@ -29,10 +29,10 @@ class OutlierExposureLoss(OutlierLoss):
         super().__init__(reduction, multi_label)
         self.alpha = check_non_negative(alpha, "alpha")
 
-    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor) -> Terms:
+    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
         return {"bce" if self.multi_label else "ce": (1.0, self.classification(logits, target, score))}
 
-    def ood_terms(self, logits: Tensor, score: Tensor) -> Terms:
+    def ood_terms(self, logits: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
         if self.multi_label:
             return {"oe": (self.alpha, score / max(logits.shape[-1], 1))}
         return {"oe": (self.alpha, -score - logits.mean(-1, dtype=score.dtype))}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from oodkern.ops import energy
 
 
-def as_score(name: str, logits: Tensor) -> Tensor:
-    """An outlier score [N] by its name, larger = more OOD: "energy" E, or "msp" -max softmax."""
+def as_score(name: str, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """An outlier score [N] by its name, larger = more OOD: "energy" E at a temperature, or "msp" -max softmax."""
     if name == "energy":
-        return energy(logits)
+        return energy(logits, temperature)
     if name == "msp":
         return -(logits.float().amax(-1) + energy(logits)).exp()
     raise ValueError(f"name: expected 'energy' or 'msp', got {name!r}")
@@ -36,8 +36,8 @@ class Method:
         """The loss of the options, some of them replaced."""
         raise NotImplementedError
 
-    def build_loss(self, id_energies: Tensor, outlier_energies: Tensor) -> tuple[nn.Module, dict[str, Any]]:
-        """The loss, and what was decided for it from the starting model's energies of both training sets."""
+    def build_loss(self, id_logits: Tensor, outlier_logits: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+        """The loss, and what was decided for it from the starting model's logits of both training sets."""
         return self.make_loss(), {}
 
     def describe(self, decided: dict[str, Any]) -> str:

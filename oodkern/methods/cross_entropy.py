@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from oodkern.losses import OutlierExposureLoss
+from oodkern.losses import ClassificationLoss
 from oodkern.methods.base import Method
 
 
@@ -22,4 +22,4 @@ class CrossEntropy(Method):
     score_name = "energy"
 
     def make_loss(self, **decided: float) -> nn.Module:
-        return OutlierExposureLoss(alpha=0.0)
+        return ClassificationLoss()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from oodkern.losses import EnergyLoss
-from oodkern.methods.base import Method
+from oodkern.methods.base import Method, as_score
 
 # Which quantiles of the starting model's energies become margins. See `auto_margins`.
 ID_QUANTILE, OUTLIER_QUANTILE = 0.25, 0.75
@@ -56,7 +56,11 @@ class Energy(Method):
         chosen = {"margin_in": options.margin_in, "margin_out": options.margin_out} | decided
         return EnergyLoss(options.alpha, temperature=options.temperature, **chosen)
 
-    def build_loss(self, id_energies: Tensor, outlier_energies: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    def score(self, logits: Tensor) -> Tensor:
+        return as_score("energy", logits, self.options.temperature)
+
+    def build_loss(self, id_logits: Tensor, outlier_logits: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+        id_energies, outlier_energies = self.score(id_logits), self.score(outlier_logits)
         margin_in, margin_out = self.options.margin_in, self.options.margin_out
         if self.options.margins == "auto":
             margin_in, margin_out = auto_margins(id_energies, outlier_energies)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -29,11 +28,16 @@ def check_logits(value: Any, name: str = "logits") -> None:
         raise ValueError(f"{name}: expected [..., K], got a tensor without dimensions")
 
 
-def check_positive(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+# z / T is formed in float32: 2^100 keeps 1 / T and what it multiplies within its range.
+LARGEST_TEMPERATURE = 2.0**100
+
+
+def check_temperature(value: Any, name: str = "temperature") -> float:
+    """Comparisons alone, no math.isfinite: under torch.compile the value may be symbolic."""
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if not 1 / LARGEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
+        raise ValueError(f"{name}: expected a positive number (between 2^-100 and 2^100), got {value}")
     return float(value)
 
 

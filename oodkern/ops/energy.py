@@ -17,14 +17,15 @@ from torch import Tensor
 from oodkern import _native, reference
 from oodkern.backends import backend_for
 from oodkern.ops._autograd import RowScore, register_row_score_fakes
-from oodkern.ops._checks import check_logits, check_positive, score_dtype
+from oodkern.ops._checks import check_logits, check_temperature, score_dtype
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Energy of each row of logits, E = -T log sum_k exp(z_k / T). Low for in-distribution inputs.
 
     Args:
-        logits: [..., K], float64, float32, bfloat16 or float16; any strides.
+        logits: [..., K], float64, float32, bfloat16 or float16; any strides (rows whose elements are not
+            adjacent are copied first).
         temperature: T > 0, in units of the logits.
 
     Returns:
@@ -37,7 +38,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
     check_logits(logits)
-    temperature = check_positive(temperature, "temperature")
+    temperature = check_temperature(temperature)
     if backend_for("energy", logits) == "reference":
         return reference.energy(logits, temperature)
     return RowScore.apply("energy", True, logits, temperature)
@@ -47,12 +48,12 @@ def joint_energy(logits: Tensor) -> Tensor:
     """JointEnergy of each row of logits, J = sum_k log(1 + exp(z_k)). **High** for in-distribution inputs.
 
     Args:
-        logits: [..., K], one logit per label; float64, float32, bfloat16 or float16; any strides.
+        logits: [..., K], one logit per label; dtypes and strides as in `energy`.
 
     Returns:
         [...], non-negative, in nats; float32 (float64 for float64 logits), also under autocast. -J is the OOD
         score. Exact where log(1 + exp(z)) as written overflows (z > 88 in float32, 11 in float16) or rounds
-        to zero (z < -17).
+        to zero (z < -17); under the smallest normal number (z < -87, float32) it is 0.
 
     Differentiable twice, in `logits`; gradients have the dtype of the logits. Raises TypeError or ValueError
     for an argument of the wrong kind or shape.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from oodkern.data import OODSplit
-from oodkern.methods import as_score
 from oodkern.metrics import OODMetrics, accuracy, ood_metrics
 
 
@@ -31,12 +31,12 @@ def logits_of(model: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor
         model.train(was_training)
 
 
-def evaluate(model: nn.Module, split: OODSplit, score_name: str) -> Evaluation:
-    """Accuracy on the ID test images, and the OOD metrics of a score against each OOD set."""
+def evaluate(model: nn.Module, split: OODSplit, score_name: str, score: Callable[[Tensor], Tensor]) -> Evaluation:
+    """Accuracy on the ID test images, and the OOD metrics of a score (of logits) against each OOD set."""
     logits = logits_of(model, split.test_images)
-    scores = {"id": as_score(score_name, logits)}
+    scores = {"id": score(logits)}
     for name, images in split.test_ood.items():
-        scores[name] = as_score(score_name, logits_of(model, images))
+        scores[name] = score(logits_of(model, images))
     return Evaluation(
         score_name=score_name,
         accuracy=accuracy(logits.argmax(-1), split.test_labels),

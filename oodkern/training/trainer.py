@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 import oodkern
 from oodkern.config import TrainConfig, to_yaml
 from oodkern.data import OODSplit, load_digits, stream, vary
-from oodkern.losses import OutlierExposureLoss
+from oodkern.losses import ClassificationLoss
 from oodkern.methods import METHODS, Method, as_score
 from oodkern.models import SmallCNN
 from oodkern.training import files
 from oodkern.training.evaluation import Evaluation, evaluate, logits_of
 
+OUTPUTS = ("config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "scores.npz", "not_finite.pt")
+
 
 class NotFinite(Exception):
-    """The loss became NaN or infinite; the batch that did it has been saved."""
+    """The loss, or what the model makes of the data, became NaN or infinite. The batch of a loss has been saved."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def train(config: TrainConfig, log: Callable[[str], None] = print, progress: boo
     torch.manual_seed(config.seed)
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
+        (folder / name).unlink(missing_ok=True)
     files.write_text(folder / "config.yaml", to_yaml(config))
     files.write_json(folder / "environment.json", environment())
 
@@ -62,18 +67,16 @@ def train(config: TrainConfig, log: Callable[[str], None] = print, progress: boo
 
     with files.JSONLines(folder / "metrics.jsonl") as lines:
         loop = Loop(config, split, folder, lines, progress)
-        loop.run("pretrain", model, OutlierExposureLoss(alpha=0.0), False, config.pretrain.epochs, config.pretrain.lr)
-        baseline = [evaluate(model, split, name) for name in ("msp", "energy")]
+        loop.run("pretrain", model, ClassificationLoss(), False, config.pretrain.epochs, config.pretrain.lr)
+        baseline = [evaluate(model, split, name, partial(as_score, name)) for name in ("msp", "energy")]
 
-        id_energies = as_score("energy", logits_of(model, split.train_images))
-        outlier_energies = as_score("energy", logits_of(model, split.outliers))
-        loss, decided = method.build_loss(id_energies, outlier_energies)
+        loss, decided = method.build_loss(logits_of(model, split.train_images), logits_of(model, split.outliers))
         if decided:
             lines.write(stage="decided", **decided)
             log(method.describe(decided))
         tuned = copy.deepcopy(model)
         loop.run(config.method, tuned, loss, method.uses_outliers, config.epochs, config.optimizer.lr)
-        result = evaluate(tuned, split, method.score_name)
+        result = evaluate(tuned, split, method.score_name, method.score)
         for stage, one in (*(("baseline", each) for each in baseline), (config.method, result)):
             ood = {name: metrics.as_dict() for name, metrics in one.ood.items()}
             lines.write(stage=stage, score=one.score_name, accuracy=one.accuracy, ood=ood)
@@ -101,11 +104,11 @@ class Loop:
             return
         steps_per_epoch = max(len(split.train_images) // options.batch_size, 1)
         steps = epochs * steps_per_epoch
-        # Seeds of the streams differ by stage and stream, so that no two walk in step.
-        seed = self.config.seed * 4 + (0 if stage == "pretrain" else 2)
+        # A seed for each stage and use, so that no two random streams of a run or of the next seed walk in step.
+        seed = self.config.seed * 8 + (0 if stage == "pretrain" else 4)
         id_stream = stream(len(split.train_images), options.batch_size, seed)
         outlier_stream = stream(len(split.outliers), options.outlier_batch_size, seed + 1)
-        augmentation = torch.Generator().manual_seed(seed + 1)
+        augmentation = torch.Generator().manual_seed(seed + 2)
         optimizer = torch.optim.SGD(
             [*model.parameters(), *loss.parameters()],
             lr=lr,
@@ -133,6 +136,9 @@ class Loop:
             if step % steps_per_epoch == 0:
                 parts = {name: float(part) for name, part in parts.items()}
                 self.lines.write(stage=stage, epoch=step // steps_per_epoch, step=step, loss=value.item(), **parts)
+        # The last step can diverge after its loss was looked at.
+        if not all(logits_of(model, images).isfinite().all() for images in (split.train_images, split.outliers)):
+            raise NotFinite(f"the model's logits are not finite after {stage}")
 
     def check_finite(self, value: Tensor, stage: str, step: int, images: Tensor, target: Tensor) -> None:
         if math.isfinite(value.item()):

@@ -118,8 +118,27 @@ def test_missing_compiler(monkeypatch):
 
 def test_missing_ninja(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native_build.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(BuildError, match="pip install ninja"):
         native_build.run_ninja(tmp_path)
+
+
+def test_ninja_of_an_environment_that_is_not_activated(monkeypatch, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    ninja = tmp_path / "scripts" / "ninja"
+    ninja.write_text("#!/bin/sh\n/bin/echo called\n")
+    ninja.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native_build.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    native_build.run_ninja(tmp_path)
+
+
+def test_another_compiler_or_torch_rebuilds():
+    def commands(made_with):
+        return native_build.ninja_file(["g++"], toolchain.Cuda(), "_build.so", made_with)
+
+    assert commands("g++ 12; 2.13.0") == commands("g++ 12; 2.13.0")
+    assert len({commands("g++ 12; 2.13.0"), commands("g++ 13; 2.13.0"), commands("g++ 12; 2.15.0")}) == 3
 
 
 def test_no_flag_that_flushes_denormals():

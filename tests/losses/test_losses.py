@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from oracle import like
 
 import oodkern
-from oodkern.losses import EnergyLoss, OutlierExposureLoss
+from oodkern.losses import ClassificationLoss, EnergyLoss, OutlierExposureLoss
 
 N, M, K = 9, 14, 7
 
@@ -51,6 +51,12 @@ def multi_label_energy_formula(zi, y, zo, alpha=0.1, margin_in=-15.0, margin_out
 
 
 CASES = {
+    "ce": (ClassificationLoss(), lambda zi, y, zo: F.cross_entropy(zi.double(), y), single_label),
+    "ce multi-label": (
+        ClassificationLoss(multi_label=True),
+        lambda zi, y, zo: F.binary_cross_entropy_with_logits(zi.double(), y.double()),
+        multi_label,
+    ),
     "oe": (OutlierExposureLoss(), oe_formula, single_label),
     "energy": (EnergyLoss(margin_in=-9.0, margin_out=-6.0), energy_formula, single_label),
     "energy T": (
@@ -89,10 +95,12 @@ def test_value_and_gradients(case, backend):
         for function in (loss, formula):
             leaves = [z.clone().requires_grad_() for z in (zi, zo)]
             value = function(leaves[0], y, leaves[1])
-            results.append([value, *torch.autograd.grad(value, leaves)])
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+            results.append([value, *gradients])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    assert all(gradient.abs().sum() > 0 for gradient in results[0][1:])
+    sides = 1 if isinstance(loss, ClassificationLoss) else 2
+    assert all(gradient.abs().sum() > 0 for gradient in results[0][1 : sides + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -123,7 +131,8 @@ def test_parts_make_the_loss(case):
     loss, _, batch = case
     value, parts = loss(*batch(), return_parts=True)
     weights = {"ce": 1.0, "bce": 1.0}
-    torch.testing.assert_close(sum(weights.get(name, loss.alpha) * part for name, part in parts.items()), value)
+    weighted = [weights[name] * part if name in weights else loss.alpha * part for name, part in parts.items()]
+    torch.testing.assert_close(sum(weighted), value)
 
 
 def test_reductions(case):
@@ -156,12 +165,13 @@ def test_empty_parts_keep_the_graph(case):
         assert value.isfinite()
         assert all(part.isfinite() for part in parts.values())
         value.backward()
-        assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
-    for labels in (y, torch.full_like(y, -1)):
+        used = leaves[:1] if isinstance(loss, ClassificationLoss) else leaves
+        assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in used)
+    for labels, empty in ((y, False), (torch.full_like(y, -1), isinstance(loss, ClassificationLoss))):
         leaf = zi.clone().requires_grad_()
         loss(leaf, labels).backward()
         assert leaf.grad.isfinite().all()
-        assert leaf.grad.abs().sum() > 0
+        assert bool(leaf.grad.abs().sum() > 0) != empty
 
 
 def test_other_rows_do_not_reach_a_part(case):
@@ -173,6 +183,24 @@ def test_other_rows_do_not_reach_a_part(case):
     _, parts = loss(logits, labels, return_parts=True)
     classification = parts["bce" if loss.multi_label else "ce"]
     assert classification.isfinite()
+
+
+def test_mixed_and_split_agree_on_infinite_rows(case):
+    """A row of all -inf has E = +inf: a part that it does not belong to must not see it, not even as 0 * inf."""
+    loss, _, batch = case
+    zi, y, zo = batch()
+    zo[3] = -torch.inf
+    logits, labels, order = mixed(zi, y, zo)
+    split, leaf = torch.cat([zi, zo]).requires_grad_(), logits.clone().requires_grad_()
+    expected, value = loss(split[:N], y, split[N:]), loss(leaf, labels)
+    if loss(zi, y, zo).isfinite():  # OE of such a row is not defined
+        torch.testing.assert_close(value, expected)
+        (a,), (b,) = torch.autograd.grad(value, leaf), torch.autograd.grad(expected, split)
+        assert b.isfinite().all()
+        torch.testing.assert_close(a, b[order])
+    else:
+        assert isinstance(loss, OutlierExposureLoss)
+        assert not loss.multi_label
 
 
 def test_compiles(case):
@@ -211,7 +239,7 @@ def test_rejects():
         EnergyLoss(margin_in=-7, margin_out=-25)
     with pytest.raises(ValueError, match="margin_in < margin_out"):
         EnergyLoss(margin_in=float("nan"))
-    with pytest.raises(ValueError, match="alpha: expected a positive finite number, got -1"):
+    with pytest.raises(ValueError, match="alpha: expected a finite number that is not negative, got -1"):
         OutlierExposureLoss(alpha=-1)
     with pytest.raises(ValueError, match="reduction: expected one of mean, sum, batchmean, none, got 'avg'"):
         OutlierExposureLoss(reduction="avg")
@@ -233,5 +261,30 @@ def test_rejects():
         loss(zi[0], y[0], zo)
     with pytest.raises(ValueError, match="is_ood: goes with the mixed style"):
         loss(zi, y, is_ood=y < 0)
+    labels = torch.zeros(N, K)
+    many = OutlierExposureLoss(multi_label=True)
+    many(zi, labels), many(zi, torch.cat([labels[1:], -torch.ones(1, K)]))
+    for bad, arguments in ((7.0, (zo,)), (-1.0, (zo,)), (7.0, ()), (0.5, ())):
+        wrong = labels.clone()
+        wrong[2, 3] = bad
+        with pytest.raises(ValueError, match="target: expected 0 or 1"):
+            many(zi, wrong, *arguments)
+    wrong[2, 3] = -1.0  # half a row
+    with pytest.raises(ValueError, match="a whole row of -1 for an outlier"):
+        many(zi, wrong)
+    with pytest.raises(ValueError, match="logits_ood: expected on cpu, where logits are, got meta"):
+        loss(zi, y, zo.to("meta"))
+    with pytest.raises(TypeError, match=r"is_ood: expected a torch\.Tensor, got list"):
+        many(zi, labels, is_ood=[True] * N)
     with pytest.raises(ValueError, match=r"is_ood: expected bool \[9\]"):
         OutlierExposureLoss(multi_label=True)(zi, torch.zeros(N, K), is_ood=torch.zeros(3, dtype=torch.bool))
+
+
+def test_classification_is_as_exact_as_it_says():
+    """-E - z_y loses what a difference of two numbers of the size of the logits loses, and not more."""
+    zi, y, _ = single_label()
+    loss = ClassificationLoss(reduction="none")
+    for offset in (0.0, 30.0, 1000.0):
+        z = (zi + offset).float()
+        exact = F.cross_entropy(z.double(), y, reduction="none")
+        assert (loss(z, y).double() - exact).abs().max() <= 2 * z.abs().max() * 2**-23

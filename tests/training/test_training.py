@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from oodkern import energy
 from oodkern.config import load_config
 from oodkern.data import load_digits
 from oodkern.losses import EnergyLoss
 from oodkern.methods import METHODS, as_score
-from oodkern.methods.energy import auto_margins
+from oodkern.methods.energy import EnergyOptions, auto_margins
 from oodkern.models import SmallCNN
 from oodkern.training import NotFinite, evaluate, train
 from oodkern.training import trainer as trainer_module
@@ -63,7 +64,7 @@ def test_checkpoint_gives_the_scores_again(runs):
     run, _ = runs["energy"]
     model = SmallCNN(1, 6, 32)
     model.load_state_dict(load_checkpoint(run.folder / "last.ckpt")["model"])
-    again = evaluate(model, run.split, "energy")
+    again = evaluate(model, run.split, "energy", energy)
     assert again.ood == run.method.ood
     torch.testing.assert_close(again.scores["near"].numpy(), np.load(run.folder / "scores.npz")["near"], rtol=0, atol=0)
 
@@ -106,7 +107,7 @@ def test_evaluation_restores_the_mode():
     model, split = SmallCNN(1, 6, 4), load_digits(0)
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate(model, split, "msp")
+    evaluate(model, split, "energy", energy)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -128,6 +129,20 @@ def test_auto_margins():
     constant = torch.full((9,), -3.0)
     margin_in, margin_out = auto_margins(constant, constant)
     assert margin_in < margin_out
+
+
+def test_the_temperature_reaches_margins_and_score():
+    """Margins that are quantiles of other energies than the loss's would hold for none of them."""
+    method = METHODS["energy"](EnergyOptions(temperature=4.0))
+    ids, outliers = torch.randn(400, 6) * 4, torch.randn(300, 6)
+    loss, decided = method.build_loss(ids, outliers)
+    assert loss.temperature == 4.0
+    assert decided["id_inside"] == pytest.approx(0.25, abs=0.01)
+    assert decided["outliers_inside"] == pytest.approx(0.25, abs=0.01)
+    _, parts = loss(ids, torch.zeros(400, dtype=torch.int64), outliers, return_parts=True)
+    hinge = (energy(ids, 4.0) - decided["margin_in"]).relu().square().mean()
+    torch.testing.assert_close(parts["energy_in"], hinge)
+    torch.testing.assert_close(method.score(ids), energy(ids, 4.0))
 
 
 def test_small_cnn():
