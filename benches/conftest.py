@@ -14,7 +14,7 @@ ROWS: list[Row] = []
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rounds", type=int, default=9, help="timed turns of each contender (the median counts)")
+    parser.addoption("--rounds", type=int, default=15, help="timed turns of each contender (the median counts)")
     parser.addoption("--save", metavar="NAME", help="write benches/results/NAME.json")
 
 

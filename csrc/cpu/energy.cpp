@@ -1,6 +1,7 @@
 // Room `energy` on the CPU: E = -T logsumexp(z / T) and J = sum softplus(z) of given logits.
 #include "../check.h"
 #include "dispatch.h"
+#include "pages.h"
 
 namespace oodkern {
 namespace {
@@ -77,6 +78,7 @@ Tensor differentiate(Kind kind, const Tensor& grad, const Tensor& logits, const 
   call.grad_score = upstream.data();
   call.grad_score_stride = upstream.stride;
   call.grad_logits = result.mutable_data_ptr();
+  prefer_large_pages(call.grad_logits, result.numel() * int64_t(result.element_size()));
   if (!cotangent) {
     run(call, rows.rows);
     return result;
