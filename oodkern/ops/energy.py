@@ -24,8 +24,8 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Energy of each row of logits, E = -T log sum_k exp(z_k / T). Low for in-distribution inputs.
 
     Args:
-        logits: [..., K], float64, float32, bfloat16 or float16; any strides (rows whose elements are not
-            adjacent are copied first).
+        logits: [..., K], float64, float32, bfloat16 or float16; any strides (logits are read in place
+            where their rows are dense and evenly spaced, and copied first elsewhere).
         temperature: T > 0, in units of the logits.
 
     Returns:
