@@ -96,7 +96,7 @@ def build_info(compiler: str, torch: Torch, cuda: Cuda) -> str:
 def ninja_file(compiler: list[str], cuda: Cuda, python_module: str, made_with: str = "") -> str:
     """The whole build as text. Paths are relative to the build folder, or system-wide.
 
-    `made_with` names the versions of compiler and PyTorch, whose files ninja does not watch: another one rebuilds.
+    `made_with` names the versions of compilers and PyTorch, whose files ninja does not watch: another one rebuilds.
     """
     csrc = os.path.relpath(SOURCES, build_folder())
     python = sysconfig.get_path("include")
@@ -137,10 +137,11 @@ def ninja_file(compiler: list[str], cuda: Cuda, python_module: str, made_with: s
     targets = ["_cpu.so", python_module]
 
     if cuda.nvcc:
-        codes = [flag for architecture in cuda.architectures for flag in gencode(architecture)]
+        flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", fingerprint]
+        flags += [flag for architecture in cuda.architectures for flag in gencode(architecture)]
         lines += [
             f"nvcc = {shlex.quote(cuda.nvcc)}",
-            f"cuda_flags = {shlex.join(['-std=c++20', '-O3', '-Xcompiler', '-fPIC,-fvisibility=hidden', *codes])}",
+            f"cuda_flags = {shlex.join(flags)}",
             "rule compile_cuda\n  command = $nvcc -MMD -MF $out.d $cuda_flags $extra -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc",
             "rule link_cuda\n  command = $nvcc -shared -cudart static $in -o $out -Ldeps/torch/lib "
@@ -168,8 +169,7 @@ def run_ninja(folder: Path) -> None:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if ninja is None:
         raise BuildError("oodkern is built with ninja, and there is none: run `pip install ninja`.")
-    # A compiler takes up to 1 GB for a source that includes PyTorch's headers; two a core keep a small
-    # machine out of swap, and MAX_JOBS (the name that PyTorch's own extensions read) overrules.
+    # ninja takes about one job a core; MAX_JOBS is the name that PyTorch's own extensions read.
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     done = subprocess.run(
         [ninja, "-C", str(folder), *jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -198,7 +198,8 @@ def build(destination: Path) -> list[Path]:
     link(folder / "deps" / "torch", torch.path)
     link(folder / "deps" / "pybind11", Path(pybind11.get_include()))
     write_if_changed(folder / "build_info.h", build_info(version, torch, cuda))
-    write_if_changed(folder / "build.ninja", ninja_file(compiler, cuda, python_module, f"{version}; {torch.version}"))
+    made_with = f"{version}; {torch.version}; {cuda.version}"
+    write_if_changed(folder / "build.ninja", ninja_file(compiler, cuda, python_module, made_with))
     run_ninja(folder)
 
     destination.mkdir(parents=True, exist_ok=True)

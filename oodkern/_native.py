@@ -58,7 +58,7 @@ missing["cuda"] = _load_cuda()
 if missing["cpu"]:
     warnings.warn(
         f"oodkern has no native CPU kernels ({missing['cpu']}) and computes with plain PyTorch, which gives the "
-        f"same numbers more slowly: {HOW_TO_BUILD}.",
+        f"same results to rounding, more slowly: {HOW_TO_BUILD}.",
         RuntimeWarning,
         stacklevel=2,
     )

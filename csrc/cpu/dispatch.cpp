@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <string>
-#include <vector>
 
 #include "../stable.h"
 
@@ -55,18 +54,12 @@ std::atomic<const InstructionSet*>& set_in_use() {
   return set;
 }
 
-std::vector<std::string> supported_names() {
-  std::vector<std::string> names;
+std::string instruction_sets() {
+  std::string names;
   for (const InstructionSet& set : kSets) {
-    if (set.supported) names.push_back(set.name);
+    if (set.supported) names += (names.empty() ? "" : " ") + std::string(set.name);
   }
   return names;
-}
-
-std::string instruction_sets() {
-  std::string joined;
-  for (const std::string& name : supported_names()) joined += (joined.empty() ? "" : " ") + name;
-  return joined;
 }
 
 std::string instruction_set() {

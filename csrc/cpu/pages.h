@@ -1,7 +1,7 @@
 // Large results come from the system as untouched pages of 4 KiB, and the first write to each costs more
 // than a kernel's arithmetic on it. Where the system gives pages of 2 MiB on request (the default of most
-// distributions), asking for them is worth it: filling a fresh 262 MB tensor on 2 cores takes a median of
-// 20 ms instead of 74, although one fill in fifteen waits up to 300 ms for the system to gather such pages.
+// distributions), asking for them is worth it: allocating and filling a fresh 262 MB tensor on 2 cores
+// takes a median of 18 ms instead of 65 (benches/bench_pages.py).
 #pragma once
 
 #include <cstdint>

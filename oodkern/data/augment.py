@@ -9,9 +9,9 @@ from torch import Tensor
 def vary(images: Tensor, generator: torch.Generator) -> Tensor:
     """Random quarter turns, inversion and contrast of images [N, C, H, W] in [0, 1] with H = W.
 
-    Two classes of digits are a narrow picture of the unknown: trained with them alone, the energy separates other
-    digits better and photographs worse than before. Never a half turn: it makes nines of sixes, and nines are what
-    the embedded data set tests on.
+    Two classes of digits are a narrow picture of the unknown: trained with them alone, the energy separates
+    photographs worse than before (`oodkern train data.outlier_augmentation=false` shows it). Never a half turn: it
+    makes nines of sixes, and nines are what the embedded data set tests on.
     """
 
     def chance(probability: float) -> Tensor:
