@@ -1,17 +1,15 @@
-"""The command line: `oodkern train`, `oodkern doctor`. Also `python -m oodkern`."""
+"""The command line: `oodkern train`, `evaluate`, `score`, `compare`, `doctor`. Also `python -m oodkern`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from oodkern.training import Run
+from collections.abc import Sequence
 
 EXIT_OK, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 0, 2, 3, 130
+EXIT_CODES = (
+    "exit codes: 0 done, 2 wrong usage, configuration or data, 3 the loss became NaN or infinite, 130 interrupted"
+)
 
 TRAIN_HELP = """\
 Pretrains a classifier on the in-distribution images, fine-tunes it with auxiliary outliers, and prints both
@@ -20,16 +18,59 @@ side by side: how well each tells unknown images from known ones, and what that 
 Without arguments it runs the embedded example: scikit-learn's digits 0-5 are known, 6-7 are the outliers to
 train with, and 8-9 (near) and patches of photographs (far) are the unknown ones to be found out.
 """
-TRAIN_EXAMPLES = """\
+TRAIN_EXAMPLES = f"""\
 examples:
   oodkern train                               the embedded example with energy fine-tuning
   oodkern train method=oe loss.alpha=1.0      Outlier Exposure, its weight doubled
-  oodkern train method=energy loss.margins=fixed loss.margin_in=-12 loss.margin_out=-4
+  oodkern train data.name=digits-multilabel   canvases of several digits, with a long tail of labels
+  oodkern train data.name=cifar10:DIR data.outliers=folder:DIR data.ood.textures=folder:DIR \\
+                model.name=wrn_40 precision=bf16 data.workers=4
   oodkern train config.yaml seed=1            a file of the same keys, one of them overridden
+  oodkern train config.yaml --resume          goes on where that run stopped, bit for bit
   oodkern train --show method=energy          the resolved configuration, every key with its value
 
-The run folder (runs/METHOD-seedN) gets config.yaml, metrics.jsonl, last.ckpt, scores.npz and environment.json.
-exit codes: 0 done, 2 wrong usage or configuration, 3 the loss became NaN or infinite, 130 interrupted
+sources of images, as KIND:DIR: idx and emnist (files of the MNIST family, plain or gzipped; emnist swaps the
+axes), cifar10, cifar100 (Python or binary version), folder (DIR/CLASS/*, or DIR/train and DIR/test of that)
+
+The run folder (runs/METHOD-seedN) gets report.html, config.yaml, metrics.jsonl, scores.npz, environment.json,
+last.ckpt (to resume from) and best.ckpt (the best epoch on held-out training images).
+{EXIT_CODES}
+"""
+EVALUATE_HELP = """\
+Judges the model of a run on the test images of its configuration, and tells what its stored threshold does there.
+"""
+EVALUATE_EXAMPLES = f"""\
+examples:
+  oodkern evaluate runs/energy-seed0
+  oodkern evaluate runs/energy-seed0 --checkpoint best --json
+  oodkern evaluate runs/energy-seed0 data.ood.textures=folder:DIR    one more OOD set
+
+{EXIT_CODES}
+"""
+SCORE_HELP = """\
+Prints for each image file, or each image below a folder: the class the model takes it for, its outlier score
+(larger = more OOD), and whether that is above the stored threshold, which accepts 95 % of known images.
+Columns are separated by tabs. Files that are no images are named on standard error, and the exit code is 2.
+"""
+SCORE_EXAMPLES = f"""\
+examples:
+  oodkern score runs/energy-seed0 photo.png folder/
+  oodkern score runs/energy-seed0 folder/ --json     one JSON object a line
+
+{EXIT_CODES}
+"""
+COMPARE_HELP = """\
+Trains methods and plain training (ce) from the same starting models on the same splits of the classes, and prints
+the paired differences with a confidence interval over the splits. A comparison that was stopped goes on when it is
+called again; its runs are in runs/compare.
+"""
+COMPARE_EXAMPLES = f"""\
+examples:
+  oodkern compare --methods oe,energy --splits 5            five random splits, one seed
+  oodkern compare --methods energy --seeds 0,1,2            the fixed split, three seeds
+  oodkern compare --methods energy --splits 15 --json > result.json
+
+{EXIT_CODES}
 """
 
 
@@ -37,87 +78,96 @@ def parser() -> argparse.ArgumentParser:
     import oodkern
 
     top = argparse.ArgumentParser(
-        prog="oodkern", description="Fast, memory-lean training with auxiliary outliers for OOD detection."
+        prog="oodkern",
+        description="Fast, memory-lean training with auxiliary outliers for OOD detection.",
+        epilog="`oodkern VERB --help` explains a verb, with examples. Begin with `oodkern train`.",
     )
     top.add_argument("--version", action="version", version=f"oodkern {oodkern.__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    train = verbs.add_parser(
-        "train",
-        help="train a baseline, fine-tune it with outliers, compare the two",
-        description=TRAIN_HELP,
-        epilog=TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("arguments", nargs="*", metavar="config.yaml | key=value", help="a file, then overrides")
+
+    def verb(name: str, short: str, text: str, examples: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(
+            name,
+            help=short,
+            description=text,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    train = verb("train", "train a baseline, fine-tune it with outliers, compare the two", TRAIN_HELP, TRAIN_EXAMPLES)
+    train.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="a file, then overrides")
+    train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    train.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run")
     train.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    def trained(one: argparse.ArgumentParser) -> None:
+        one.add_argument("run", metavar="RUN", help="the folder of a run")
+        one.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of the run's models")
+        one.add_argument("--json", action="store_true", help="for programs")
+
+    evaluate = verb("evaluate", "judge the model of a run", EVALUATE_HELP, EVALUATE_EXAMPLES)
+    trained(evaluate)
+    evaluate.add_argument("words", nargs="*", metavar="data.KEY=VALUE", help="other data than the run's")
+    score = verb("score", "class, score and verdict of image files", SCORE_HELP, SCORE_EXAMPLES)
+    trained(score)
+    score.add_argument("words", nargs="+", metavar="IMAGES", help="image files, or folders of them")
+    compare = verb("compare", "methods against plain training, over splits and seeds", COMPARE_HELP, COMPARE_EXAMPLES)
+    compare.add_argument("--methods", type=names, required=True, metavar="A,B", help="as in method=; ce is always run")
+    compare.add_argument("--seeds", type=numbers, default=[0], metavar="0,1", help="of the training (default 0)")
+    compare.add_argument("--splits", type=int, metavar="N", help="random splits 0..N-1 (default: the fixed one)")
+    compare.add_argument("--json", action="store_true", help="every run and the summary, for programs")
+    compare.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="for every run")
     verbs.add_parser("doctor", help="what was built, who computes what, what is missing and how to get it")
     return top
 
 
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options may stand before, between and behind the words of a verb, which argparse alone does not allow."""
+    top = parser()
+    options, words = top.parse_known_args(arguments)
+    if any(word.startswith("-") for word in words) or (words and not hasattr(options, "words")):
+        top.error(f"unrecognized arguments: {' '.join(words)} (`oodkern {options.verb} --help` lists what there is)")
+    if words:
+        options.words += words
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(arguments)
     if options.verb == "doctor":
         from oodkern.doctor import report
 
         print(report())
         return EXIT_OK
-    return train(options)
 
+    from oodkern import verbs
+    from oodkern.config import ConfigError
+    from oodkern.data import DataError
+    from oodkern.training.stage import NotFinite
 
-def train(options: argparse.Namespace) -> int:
-    from oodkern.config import ConfigError, load_config, to_yaml
-
-    given = list(options.arguments)
-    path = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
-    try:
-        config = load_config(path, given)
-    except ConfigError as error:
-        print(f"oodkern train: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    if options.show:
-        print(to_yaml(config), end="")
-        return EXIT_OK
-
-    from oodkern.training import NotFinite
-    from oodkern.training import train as run
+    def failed(error: object, code: int) -> int:
+        print(f"oodkern {options.verb}: {error}", file=sys.stderr)
+        return code
 
     try:
-        result = run(config, progress=not options.quiet and sys.stderr.isatty())
+        return getattr(verbs, options.verb)(options, ["oodkern", *arguments])
+    except (ConfigError, DataError) as error:
+        return failed(error, EXIT_USAGE)
     except NotFinite as error:
-        print(f"oodkern train: {error}", file=sys.stderr)
-        return EXIT_NOT_FINITE
-    except KeyboardInterrupt:
-        print(f"oodkern train: interrupted; what was logged is in {config.folder}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print()
-    print(table(result, config.method))
-    print(f"\n{result.seconds:.1f} s; everything is in {result.folder}")
-    return EXIT_OK
-
-
-def table(run: Run, method: str) -> str:
-    """One row for each model, score and OOD set."""
-    head = ("model", "score", "ID accuracy", "OOD set", "AUROC", "AUPR", "FPR95", "FPR95(ID+)")
-    rows = []
-    for model, one in (*(("baseline", each) for each in run.baseline), (method, run.method)):
-        for name, found in one.ood.items():
-            numbers = (found.auroc, found.aupr_out, found.fpr95_ood_positive, found.fpr95_id_positive)
-            rows.append((model, one.score_name, percent(one.accuracy), name, *map(percent, numbers)))
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Iterable[str]) -> str:
-        words = {0, 1, 3}
-        padded = [c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(padded)
-
-    legend = (
-        "In percent. AUROC, AUPR: OOD positive, higher is better. FPR95: ID images flagged where\n"
-        "95 % of OOD images are; FPR95(ID+): OOD images accepted where 95 % of ID images are; lower is better."
-    )
-    return "\n".join([line(head), line("-" * width for width in widths), *map(line, rows), "", legend])
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+        return failed(error, EXIT_NOT_FINITE)
+    except KeyboardInterrupt as error:
+        return failed(error if str(error) else "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return EXIT_OK

@@ -1,8 +1,27 @@
-"""Data sets with the four parts that training with auxiliary outliers needs."""
+"""Data sets with the parts that training with auxiliary outliers needs, and the streams that training reads."""
 
-from oodkern.data.augment import vary
-from oodkern.data.digits import load_digits
+from oodkern.data.augment import AUGMENTATIONS, Augmentation, augmentation, random_numbers
+from oodkern.data.images import ArraySet, FolderSet, ImageSet, SampleSet, read_image
+from oodkern.data.readers import DataError
+from oodkern.data.sources import DataConfig, build_split, open_source
 from oodkern.data.split import OODSplit
-from oodkern.data.stream import stream
+from oodkern.data.stream import Batches, stream
 
-__all__ = ["OODSplit", "load_digits", "stream", "vary"]
+__all__ = [
+    "AUGMENTATIONS",
+    "ArraySet",
+    "Augmentation",
+    "Batches",
+    "DataConfig",
+    "DataError",
+    "FolderSet",
+    "ImageSet",
+    "OODSplit",
+    "SampleSet",
+    "augmentation",
+    "build_split",
+    "open_source",
+    "random_numbers",
+    "read_image",
+    "stream",
+]

@@ -1,25 +1,91 @@
-"""Variety for few outliers."""
+"""Augmentations: functions of images and of random numbers, which are a function of where a sample stands.
+
+`random_numbers(seed, stream, positions, count)` gives the same numbers for the same place, whoever asks and in
+whatever order: loader workers, prefetching and resuming change nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
-def vary(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random quarter turns, inversion and contrast of images [N, C, H, W] in [0, 1] with H = W.
+def random_numbers(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
+    """Uniform numbers [B, count] in [0, 1), float32, of positions [B]: those of Philox at key (seed, stream)."""
+    rows = np.empty((len(positions), count), dtype=np.float32)
+    for row, position in zip(rows, positions.tolist(), strict=True):
+        # The position is the highest word of the counter: the draws of one position count up the lowest.
+        row[:] = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, position])).random(
+            count, dtype=np.float32
+        )
+    return torch.from_numpy(rows)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """`apply(images [B, C, H, W] in [0, 1], random [B, numbers])` gives images of the same shape."""
+
+    numbers: int
+    apply: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, images: Tensor, random: Tensor) -> Tensor:
+        return self.apply(images, random)
+
+
+def vary(images: Tensor, random: Tensor) -> Tensor:
+    """Random quarter turns, inversion and contrast of images with H = W; `random` is [B, 5].
 
     Two classes of digits are a narrow picture of the unknown: trained with them alone, the energy separates
-    photographs worse than before (`oodkern train data.outlier_augmentation=false` shows it). Never a half turn: it
+    photographs worse than before (`oodkern train data.outlier_augmentation=none` shows it). Never a half turn: it
     makes nines of sixes, and nines are what the embedded data set tests on.
     """
-
-    def chance(probability: float) -> Tensor:
-        return torch.rand(len(images), 1, 1, 1, generator=generator) < probability
-
-    turn = torch.rand(len(images), 1, 1, 1, generator=generator)
+    turn, invert, change, contrast, shift = random.view(-1, 5, 1, 1, 1).unbind(1)
     left, right = images.rot90(1, (2, 3)), images.rot90(-1, (2, 3))
     turned = torch.where(turn < 1 / 3, left, torch.where(turn < 2 / 3, right, images))
-    turned = torch.where(chance(0.3), 1 - turned, turned)
-    contrast, shift = torch.rand(2, len(images), 1, 1, 1, generator=generator)
-    return torch.where(chance(0.5), turned * contrast + shift * (1 - contrast), turned)
+    turned = torch.where(invert < 0.3, 1 - turned, turned)
+    return torch.where(change < 0.5, turned * contrast + shift * (1 - contrast), turned)
+
+
+def crop(images: Tensor, random: Tensor) -> Tensor:
+    """A random window of the images padded by an eighth of their size (4 pixels of 32); `random` is [B, 2]."""
+    B, C, H, W = images.shape
+    margin = max(H // 8, 1)
+    padded = pad(images, (margin, margin, margin, margin))
+    top, left = (random * (2 * margin + 1)).long().clamp_max(2 * margin).unbind(1)
+    rows = (top[:, None] + torch.arange(H)).view(B, 1, H, 1)
+    columns = (left[:, None] + torch.arange(W)).view(B, 1, 1, W)
+    return padded[torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(1, C, 1, 1), rows, columns]
+
+
+def flip(images: Tensor, random: Tensor) -> Tensor:
+    """Left and right swapped in half of the images; `random` is [B, 1]."""
+    return torch.where(random.view(-1, 1, 1, 1) < 0.5, images.flip(-1), images)
+
+
+AUGMENTATIONS = {"crop": Augmentation(2, crop), "flip": Augmentation(1, flip), "vary": Augmentation(5, vary)}
+
+
+def augmentation(names: str) -> Augmentation | None:
+    """Augmentations one after the other, by names such as "crop+flip"; None for "none".
+
+    Raises ValueError with the known names for another.
+    """
+    if names == "none":
+        return None
+    for name in names.split("+"):
+        if name not in AUGMENTATIONS:
+            known = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"expected none, or one or more of {known} joined by +, got {names!r}")
+    steps = [AUGMENTATIONS[name] for name in names.split("+")]
+
+    def apply(images: Tensor, random: Tensor) -> Tensor:
+        for step, numbers in zip(steps, random.split([step.numbers for step in steps], dim=1), strict=True):
+            images = step(images, numbers)
+        return images
+
+    return Augmentation(sum(step.numbers for step in steps), apply)

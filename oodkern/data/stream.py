@@ -1,24 +1,90 @@
-"""Endless random batches."""
+"""Endless streams of random batches, each a function of its number."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import signal
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from oodkern.data.augment import Augmentation, random_numbers
+from oodkern.data.images import ImageSet
 
 
-def stream(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Indices [batch_size] into `count` samples, for ever: shuffled, and shuffled anew on each wrap.
+@functools.lru_cache(maxsize=8)
+def order(seed: int, stream: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The permutation of `count` samples in one pass of a stream."""
+    # Augmentations have the highest word of the counter, passes the one below: no two draws share a block.
+    generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, epoch + 1, 0]))
+    return generator.permutation(count)
 
-    Every batch is full: it runs over the end of a pass into the next one, so that each sample is seen once a pass.
+
+class Batches(Dataset):
+    """Batch number b of a stream: the samples at positions b * batch_size, ..., each seen once in every pass.
+
+    Position p stands in pass p // N, whose order is drawn anew; a batch runs over the end of a pass into the next,
+    so every batch is full. Order and augmentation are functions of (seed, stream, position) alone.
     """
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"count, batch_size: expected positive integers, got {count} and {batch_size}")
-    generator = torch.Generator().manual_seed(seed)
-    waiting = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(waiting) < batch_size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int = 0,
+        stream: int = 0,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        if len(images) < 1 or batch_size < 1:
+            raise ValueError(
+                f"images, batch_size: expected one image at least and a positive size, got {len(images)} images and "
+                f"batch_size {batch_size}"
+            )
+        self.source, self.batch_size, self.augmentation = images, batch_size, augmentation
+        self.seed, self.stream = seed, stream
+
+    def indices(self, batch: int) -> Tensor:
+        """Indices [batch_size] of the samples of a batch."""
+        count = len(self.source)
+        positions = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
+        epochs = positions // count
+        chosen = [order(self.seed, self.stream, int(e), count)[positions[epochs == e] % count] for e in np.unique(epochs)]
+        return torch.from_numpy(np.concatenate(chosen))
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Images [batch_size, C, H, W] and their labels."""
+        indices = self.indices(batch)
+        images = self.source.images(indices)
+        if self.augmentation is not None:
+            positions = torch.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
+            images = self.augmentation(
+                images, random_numbers(self.seed, self.stream, positions, self.augmentation.numbers)
+            )
+        return images, self.source.labels[indices]
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes; the main one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stream(batches: Batches, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches number `start`, `start` + 1, ... for ever, made in `workers` processes, or here where that is 0."""
+    if workers == 0:
+        return map(batches.__getitem__, itertools.count(start))
+    loader = DataLoader(
+        batches,
+        batch_size=None,  # each item is a batch already
+        sampler=itertools.count(start),  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_interrupts,
+        # Its own generator: a loader would draw a seed from the global one, and resuming would draw once more.
+        generator=torch.Generator(),
+    )
+    return iter(loader)

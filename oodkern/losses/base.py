@@ -70,6 +70,14 @@ class OutlierLoss(nn.Module):
         self.reduction = check_choice(reduction, "reduction", REDUCTIONS)
         self.multi_label = bool(multi_label)
 
+    @property
+    def separable(self) -> bool:
+        """Whether loss(id, y, ood) = loss(id, y, nothing) + loss(nothing, nothing, ood).
+
+        The two can then be formed and differentiated one after the other.
+        """
+        return self.reduction in ("mean", "sum")
+
     def score(self, logits: Tensor) -> Tensor:
         """What both kinds of rows need of the logits, [N]: formed once a row."""
         return joint_energy(logits) if self.multi_label else energy(logits)

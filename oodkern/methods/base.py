@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from oodkern.ops import energy
+from oodkern.ops import energy, joint_energy
+
+# The scores of a plain classifier, which methods have to beat.
+BASELINE_SCORES, MULTI_LABEL_BASELINE_SCORES = ("msp", "energy"), ("max_logit", "joint_energy")
 
 
 def as_score(name: str, logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """An outlier score [N] by its name, larger = more OOD: "energy" E at a temperature, or "msp" -max softmax."""
+    """An outlier score [N] of logits [N, K] by its name, larger = more OOD.
+
+    "energy" is E at a temperature, "msp" minus the maximum softmax probability; for multi-label classifiers
+    "joint_energy" is -J and "max_logit" minus the largest logit.
+    """
     if name == "energy":
         return energy(logits, temperature)
     if name == "msp":
         return -(logits.float().amax(-1) + energy(logits)).exp()
-    raise ValueError(f"name: expected 'energy' or 'msp', got {name!r}")
+    if name == "joint_energy":
+        return -joint_energy(logits)
+    if name == "max_logit":
+        return -logits.float().amax(-1)
+    raise ValueError(f"name: expected one of energy, msp, joint_energy, max_logit, got {name!r}")
 
 
 class Method:
@@ -25,20 +37,24 @@ class Method:
     name: ClassVar[str]
     Options: ClassVar[type]
     uses_outliers: ClassVar[bool] = True
-    score_name: ClassVar[str]
+    score_names: ClassVar[tuple[str, str]]  # of a multi-class and of a multi-label classifier
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, multi_label: bool = False) -> None:
         """Raises ValueError where the options do not make a loss: a run must not find that out after pretraining."""
-        self.options = options
-        self.make_loss()
+        self.options, self.multi_label = options, multi_label
+        self.build_loss({})
 
-    def make_loss(self, **decided: float) -> nn.Module:
-        """The loss of the options, some of them replaced."""
+    @property
+    def score_name(self) -> str:
+        return self.score_names[self.multi_label]
+
+    def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
+        """What the loss takes from the starting model's logits of both training sets, such as margins."""
+        return {}
+
+    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+        """The loss of the options and of what was decided; of the options alone where that is empty."""
         raise NotImplementedError
-
-    def build_loss(self, id_logits: Tensor, outlier_logits: Tensor) -> tuple[nn.Module, dict[str, Any]]:
-        """The loss, and what was decided for it from the starting model's logits of both training sets."""
-        return self.make_loss(), {}
 
     def describe(self, decided: dict[str, Any]) -> str:
         """What was decided, in one line for a person."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +21,7 @@ class CrossEntropy(Method):
     name = "ce"
     Options = CrossEntropyOptions
     uses_outliers = False
-    score_name = "energy"
+    score_names = ("energy", "joint_energy")
 
-    def make_loss(self, **decided: float) -> nn.Module:
-        return ClassificationLoss()
+    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+        return ClassificationLoss(multi_label=self.multi_label)

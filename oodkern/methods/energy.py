@@ -1,7 +1,8 @@
-"""`energy`: energy fine-tuning, scored by the energy."""
+"""`energy`: energy fine-tuning, scored by the energy (multi-label: by JointEnergy)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,34 +45,38 @@ def auto_margins(id_energies: Tensor, outlier_energies: Tensor) -> tuple[float, 
 class Energy(Method):
     name = "energy"
     Options = EnergyOptions
-    score_name = "energy"
+    score_names = ("energy", "joint_energy")
 
-    def __init__(self, options: EnergyOptions) -> None:
-        super().__init__(options)
+    def __init__(self, options: EnergyOptions, multi_label: bool = False) -> None:
+        super().__init__(options, multi_label)
         if options.margins not in ("auto", "fixed"):
             raise ValueError(f"loss.margins: expected auto or fixed, got {options.margins!r}")
 
-    def make_loss(self, **decided: float) -> nn.Module:
-        options = self.options
-        chosen = {"margin_in": options.margin_in, "margin_out": options.margin_out} | decided
-        return EnergyLoss(options.alpha, temperature=options.temperature, **chosen)
-
     def score(self, logits: Tensor) -> Tensor:
-        return as_score("energy", logits, self.options.temperature)
+        return as_score(self.score_name, logits, self.options.temperature)
 
-    def build_loss(self, id_logits: Tensor, outlier_logits: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+    def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
         id_energies, outlier_energies = self.score(id_logits), self.score(outlier_logits)
         margin_in, margin_out = self.options.margin_in, self.options.margin_out
         if self.options.margins == "auto":
             margin_in, margin_out = auto_margins(id_energies, outlier_energies)
-        decided = {
+        return {
             "margins": self.options.margins,
             "margin_in": margin_in,
             "margin_out": margin_out,
             "id_inside": float((id_energies <= margin_in).float().mean()),
             "outliers_inside": float((outlier_energies >= margin_out).float().mean()),
         }
-        return self.make_loss(margin_in=margin_in, margin_out=margin_out), decided
+
+    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+        options = self.options
+        return EnergyLoss(
+            options.alpha,
+            margin_in=decided.get("margin_in", options.margin_in),
+            margin_out=decided.get("margin_out", options.margin_out),
+            temperature=options.temperature,
+            multi_label=self.multi_label,
+        )
 
     def describe(self, decided: dict[str, Any]) -> str:
         return (

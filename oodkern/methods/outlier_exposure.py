@@ -1,8 +1,10 @@
-"""`oe`: Outlier Exposure, scored by the maximum softmax probability."""
+"""`oe`: Outlier Exposure, scored by the maximum softmax probability (multi-label: by JointEnergy)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +20,7 @@ class OutlierExposureOptions:
 class OutlierExposure(Method):
     name = "oe"
     Options = OutlierExposureOptions
-    score_name = "msp"
+    score_names = ("msp", "joint_energy")
 
-    def make_loss(self, **decided: float) -> nn.Module:
-        return OutlierExposureLoss(alpha=self.options.alpha)
+    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+        return OutlierExposureLoss(alpha=self.options.alpha, multi_label=self.multi_label)

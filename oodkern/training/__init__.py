@@ -1,6 +1,8 @@
 """Training with auxiliary outliers: level 3 of use."""
 
+from oodkern.training.detector import Detector, Prediction, load_run
 from oodkern.training.evaluation import Evaluation, evaluate
-from oodkern.training.trainer import NotFinite, Run, train
+from oodkern.training.stage import NotFinite
+from oodkern.training.trainer import Run, train
 
-__all__ = ["Evaluation", "NotFinite", "Run", "evaluate", "train"]
+__all__ = ["Detector", "Evaluation", "NotFinite", "Prediction", "Run", "evaluate", "load_run", "train"]

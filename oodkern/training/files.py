@@ -49,16 +49,31 @@ def save_scores(path: Path, scores: Mapping[str, Tensor]) -> None:
 
 
 class JSONLines:
-    """A log that grows by one line at a time; what is written stays written."""
+    """A log that grows by one line at a time; what is written stays written.
 
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "w", buffering=1)  # noqa: SIM115  (closed by the context manager below)
+    Opened at `size`, it drops what stands after so many bytes: lines that a killed run wrote after its checkpoint,
+    and that the resumed run writes again.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self.file = open(path, "ab")  # noqa: SIM115  (closed by the context manager below)
+        self.file.truncate(size)
 
     def write(self, **record: Any) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Bytes so far, all of them on the disk."""
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
 
     def __enter__(self) -> JSONLines:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

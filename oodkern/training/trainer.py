@@ -3,157 +3,336 @@
 from __future__ import annotations
 
 import copy
-import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-import oodkern
-from oodkern.config import TrainConfig, to_yaml
-from oodkern.data import OODSplit, load_digits, stream, vary
+from oodkern.classifier import Classifier
+from oodkern.config import ConfigError, TrainConfig
+from oodkern.data import ImageSet, OODSplit, build_split
 from oodkern.losses import ClassificationLoss
-from oodkern.methods import METHODS, Method, as_score
-from oodkern.models import SmallCNN
+from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
+from oodkern.metrics import auroc, threshold_at_recall
+from oodkern.models import build_model
 from oodkern.training import files
-from oodkern.training.evaluation import Evaluation, evaluate, logits_of
-
-OUTPUTS = ("config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "scores.npz", "not_finite.pt")
-
-
-class NotFinite(Exception):
-    """The loss, or what the model makes of the data, became NaN or infinite. The batch of a loss has been saved."""
+from oodkern.training.evaluation import SAMPLE, Evaluation, best_of, correct, judge, logits_of, logits_of_test
+from oodkern.training.folder import FORMAT, prepare
+from oodkern.training.interrupt import Interrupt
+from oodkern.training.random_state import random_state, seed_everything, set_random_state
+from oodkern.training.stage import NotFinite, Stage
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run found."""
+    """What a training run made and found."""
 
     folder: Path
+    config: TrainConfig
     split: OODSplit
-    baseline: list[Evaluation]  # by each score
+    model: Classifier
+    baseline: list[Evaluation]  # of the model before fine-tuning, by each plain score
+    before: Evaluation  # of that model by the method's score
     method: Evaluation
+    plain: list[Evaluation]  # of the fine-tuned model, by each plain score
+    score: Callable[[Tensor], Tensor]  # the method's, of logits [N, K]
+    threshold: float  # inputs with a score above it are called OOD; accepts 95 % of the ID validation images
     decided: dict[str, Any]  # by the method, such as margins
-    seconds: float
+    history: list[dict[str, Any]]  # the lines of metrics.jsonl
+    seconds: float  # of training and evaluation, over all its sessions
+
+    @property
+    def best_baseline(self) -> Evaluation:
+        """By the score with the higher mean AUROC over the OOD sets: chosen on the test, in the baseline's favour."""
+        return best_of(self.baseline)
 
 
-def train(config: TrainConfig, log: Callable[[str], None] = print, progress: bool = False) -> Run:
-    """Runs a configuration and writes its folder: config.yaml, environment.json, metrics.jsonl, last.ckpt, scores.npz.
+def train(
+    config: TrainConfig,
+    log: Callable[[str], None] = print,
+    progress: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: bool = True,
+    split: OODSplit | None = None,
+) -> Run:
+    """Runs a configuration and writes its folder; the same configuration gives the same bits at the same threads.
 
-    `log` gets lines for a person; `progress` shows bars. Raises NotFinite when the loss is, with the batch saved.
-    The same configuration gives the same numbers at the same number of threads.
+    Args:
+        config: from `oodkern.config.load_config`.
+        log: gets lines for a person.
+        progress: shows bars.
+        resume: goes on with the run in the folder, bit for bit, where there is one.
+        overwrite: starts anew where there is one.
+        report: writes report.html too.
+        split: images of your own instead of those that `config.data` names.
+
+    Raises ConfigError, also where the folder holds a run and neither `resume` nor `overwrite` is given; DataError;
+    NotFinite where the loss or its gradient is, with the batch saved; KeyboardInterrupt after Ctrl-C, with the run
+    ready to be resumed.
     """
-    started = time.perf_counter()
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
-        (folder / name).unlink(missing_ok=True)
-    files.write_text(folder / "config.yaml", to_yaml(config))
-    files.write_json(folder / "environment.json", environment())
+    device = find_device(config.device)
+    if split is None:
+        try:
+            split = build_split(config.data)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    state = prepare(config.folder, config, resume, overwrite)
+    with files.JSONLines(config.folder / "metrics.jsonl", state["log_bytes"] if state else 0) as lines:
+        run = Trainer(config, split, device, lines, log, progress).run(state)
+    if report:
+        from oodkern.report import write_report
 
-    split = load_digits(config.seed)
-    log(split.describe())
-    model = SmallCNN(split.train_images.shape[1], split.num_classes, config.model.width)
-    method: Method = METHODS[config.method](config.loss)
-
-    with files.JSONLines(folder / "metrics.jsonl") as lines:
-        loop = Loop(config, split, folder, lines, progress)
-        loop.run("pretrain", model, ClassificationLoss(), False, config.pretrain.epochs, config.pretrain.lr)
-        baseline = [evaluate(model, split, name, partial(as_score, name)) for name in ("msp", "energy")]
-
-        loss, decided = method.build_loss(logits_of(model, split.train_images), logits_of(model, split.outliers))
-        if decided:
-            lines.write(stage="decided", **decided)
-            log(method.describe(decided))
-        tuned = copy.deepcopy(model)
-        loop.run(config.method, tuned, loss, method.uses_outliers, config.epochs, config.optimizer.lr)
-        result = evaluate(tuned, split, method.score_name, method.score)
-        for stage, one in (*(("baseline", each) for each in baseline), (config.method, result)):
-            ood = {name: metrics.as_dict() for name, metrics in one.ood.items()}
-            lines.write(stage=stage, score=one.score_name, accuracy=one.accuracy, ood=ood)
-
-    files.save_checkpoint(folder / "last.ckpt", {"model": tuned.state_dict(), "baseline": model.state_dict()})
-    files.save_scores(folder / "scores.npz", result.scores)
-    return Run(folder, split, baseline, result, decided, time.perf_counter() - started)
+        write_report(run)
+    return run
 
 
-class Loop:
-    """The steps of one configuration."""
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {name}")
+    return device
 
-    def __init__(self, config: TrainConfig, split: OODSplit, folder: Path, lines: files.JSONLines, progress: bool):
-        self.config, self.split, self.folder, self.lines, self.progress = config, split, folder, lines, progress
 
-    def run(self, stage: str, model: nn.Module, loss: nn.Module, outliers: bool, epochs: int, lr: float) -> None:
-        """Trains `model` for `epochs` passes over the ID images, in steps of one joint forward over [ID; outliers].
+class Trainer:
+    """The stages of a run, its checkpoints and its log."""
 
-        One forward and not two: BatchNorm then normalises both by the statistics of the whole batch.
-        """
+    def __init__(
+        self,
+        config: TrainConfig,
+        split: OODSplit,
+        device: torch.device,
+        lines: files.JSONLines,
+        log: Callable[[str], None],
+        progress: bool,
+    ) -> None:
+        self.config, self.split, self.device, self.lines = config, split, device, lines
+        self.log, self.progress = log, progress
+        self.method: Method = METHODS[config.method](config.loss, split.multi_label)
+        self.started, self.seconds_before = time.perf_counter(), 0.0
+        self.decided: dict[str, Any] = {}
+        self.threshold = float("nan")
+        self.best = -1.0  # the validation of best.ckpt
+        self.baseline: Classifier | None = None
+
+    def run(self, state: dict[str, Any] | None) -> Run:
+        config, split = self.config, self.split
+        seed_everything(config.seed)
+        self.log(split.describe())
+        if config.split_forward:
+            self.log("split forward: BatchNorm normalises ID images and outliers by their own statistics, not jointly")
+        model = build_classifier(config, split).to(self.device)
+        if state is not None:
+            self.log(f"resuming {config.folder} after epoch {state['epoch']} of {state['stage']}")
+            self.restore(state, model)
+        if self.baseline is None:
+            self.train_stage("pretrain", model, ClassificationLoss(multi_label=split.multi_label), False, state)
+            state = None
+            self.baseline = copy.deepcopy(model)
+            self.decided = self.method.decide(
+                logits_of(model, split.train, limit=SAMPLE), logits_of(model, split.outliers, limit=SAMPLE)
+            )
+            if self.decided:
+                self.lines.write(stage="decided", **self.decided)
+        if self.decided:
+            self.log(self.method.describe(self.decided))
+        loss = self.method.build_loss(self.decided).to(self.device)
+        self.train_stage("method", model, loss, self.method.uses_outliers, state)
+        return self.judge(model)
+
+    def train_stage(
+        self,
+        kind: Literal["pretrain", "method"],
+        model: Classifier,
+        loss: nn.Module,
+        outliers: bool,
+        state: dict[str, Any] | None,
+    ) -> None:
         from tqdm import tqdm
 
-        options, split = self.config.optimizer, self.split
-        if epochs == 0:
-            return
-        steps_per_epoch = max(len(split.train_images) // options.batch_size, 1)
-        steps = epochs * steps_per_epoch
-        # A seed for each stage and use, so that no two random streams of a run or of the next seed walk in step.
-        seed = self.config.seed * 8 + (0 if stage == "pretrain" else 4)
-        id_stream = stream(len(split.train_images), options.batch_size, seed)
-        outlier_stream = stream(len(split.outliers), options.outlier_batch_size, seed + 1)
-        augmentation = torch.Generator().manual_seed(seed + 2)
-        optimizer = torch.optim.SGD(
-            [*model.parameters(), *loss.parameters()],
-            lr=lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.momentum > 0,
+        stage = Stage(kind, self.config, self.split, model, loss, outliers, self.device)
+        if state is not None:
+            stage.load_state_dict(state["training"])
+            set_random_state(state["random"])
+        elif kind == "method":
+            self.validate(stage)
+            self.save_best(stage)
+            self.save(stage)
+        every = self.config.checkpoint_steps
+        bar = tqdm(
+            total=stage.steps,
+            initial=stage.step,
+            desc=stage.name,
+            unit="step",
+            disable=not self.progress,
+            leave=False,
+            dynamic_ncols=True,
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        model.train()
-        for step in tqdm(range(1, steps + 1), desc=stage, unit="step", disable=not self.progress, leave=False):
-            chosen = next(id_stream)
-            images, target = split.train_images[chosen], split.train_labels[chosen]
-            if outliers:
-                unknown = split.outliers[next(outlier_stream)]
-                if self.config.data.outlier_augmentation:
-                    unknown = vary(unknown, augmentation)
-                images = torch.cat([images, unknown])
-                target = torch.cat([target, target.new_full((len(unknown),), -1)])
-            value, parts = loss(model(images), target, return_parts=True)
-            self.check_finite(value, stage, step, images, target)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            if step % steps_per_epoch == 0:
-                parts = {name: float(part) for name, part in parts.items()}
-                self.lines.write(stage=stage, epoch=step // steps_per_epoch, step=step, loss=value.item(), **parts)
-        # The last step can diverge after its loss was looked at.
-        if not all(logits_of(model, images).isfinite().all() for images in (split.train_images, split.outliers)):
-            raise NotFinite(f"the model's logits are not finite after {stage}")
+        with bar, Interrupt() as interrupt:
+            while stage.step < stage.steps:
+                try:
+                    parts = stage.advance()
+                except NotFinite as error:
+                    raise self.keep_batch(error) from None
+                bar.set_postfix(shown(parts, stage.images_per_step), refresh=False)
+                bar.update()
+                if stage.at_epoch_end:
+                    self.end_epoch(stage)
+                if stage.at_epoch_end or interrupt.asked or (every and stage.step % every == 0):
+                    self.save(stage)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+        stage.close()
 
-    def check_finite(self, value: Tensor, stage: str, step: int, images: Tensor, target: Tensor) -> None:
-        if math.isfinite(value.item()):
-            return
-        path = self.folder / "not_finite.pt"
-        files.save_checkpoint(path, {"images": images, "target": target, "stage": stage, "step": step})
-        raise NotFinite(f"the loss is {value.item()} at step {step} of {stage}; the batch is in {path}")
+    def end_epoch(self, stage: Stage) -> None:
+        lr = stage.optimizer.param_groups[0]["lr"]
+        found = self.validate(stage)
+        self.lines.write(
+            stage=stage.name, epoch=stage.epoch, step=stage.step, lr=lr, **stage.means(), **found
+        )
+        if stage.kind == "method" and sum(found.values()) > self.best:
+            self.best = sum(found.values())
+            self.save_best(stage)
+
+    def validate(self, stage: Stage) -> dict[str, float]:
+        """Accuracy on the ID validation images and AUROC against the outliers held out; sets the threshold.
+
+        Never a look at the test: what is chosen by these numbers, best.ckpt and the threshold, is judged on others.
+        """
+        known, unknown = (self.logits(stage, one) for one in (self.split.validation, self.split.outlier_validation))
+        scores = self.method.score(known), self.method.score(unknown)
+        self.threshold = threshold_at_recall(scores[0])
+        return {
+            "validation_accuracy": correct(known, self.split.validation.labels),
+            "validation_auroc": auroc(*scores),
+        }
+
+    def logits(self, stage: Stage, images: ImageSet) -> Tensor:
+        logits = logits_of(stage.model, images)
+        if not logits.isfinite().all():  # the last step can diverge after its loss was looked at
+            raise NotFinite(f"the model's logits are not finite after step {stage.step} of {stage.name}")
+        return logits
+
+    def keep_batch(self, error: NotFinite) -> NotFinite:
+        path = self.config.folder / "not_finite.pt"
+        assert error.batch is not None
+        files.save_checkpoint(path, error.batch)
+        return NotFinite(f"{error}; the batch is in {path}", error.batch)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def inference_state(self, stage: Stage) -> dict[str, Any]:
+        """What it takes to judge new images."""
+        return {
+            "format": FORMAT,
+            "stage": stage.name,
+            "epoch": stage.epoch,
+            "model": stage.model.state_dict(),
+            "classes": list(self.split.classes),
+            "shape": list(self.split.train.shape),
+            "multi_label": self.split.multi_label,
+            "score": self.method.score_name,
+            "threshold": self.threshold,
+        }
+
+    def save_best(self, stage: Stage) -> None:
+        files.save_checkpoint(self.config.folder / "best.ckpt", self.inference_state(stage))
+
+    def save(self, stage: Stage) -> None:
+        files.save_checkpoint(
+            self.config.folder / "last.ckpt",
+            {
+                **self.inference_state(stage),
+                "baseline": None if self.baseline is None else self.baseline.state_dict(),
+                "training": stage.state_dict(),
+                "random": random_state(),
+                "decided": self.decided,
+                "best": self.best,
+                "log_bytes": self.lines.sync(),
+                "seconds": self.seconds,
+            },
+        )
+
+    def restore(self, state: dict[str, Any], model: Classifier) -> None:
+        if state["baseline"] is not None:
+            model.load_state_dict(state["baseline"])
+            self.baseline = copy.deepcopy(model)
+        model.load_state_dict(state["model"])
+        self.decided, self.best = dict(state["decided"]), state["best"]
+        self.threshold, self.seconds_before = state["threshold"], state["seconds"]
+
+    def judge(self, model: Classifier) -> Run:
+        """Both models on the test, once, at the end."""
+        assert self.baseline is not None
+        config, split, method = self.config, self.split, self.method
+        names = MULTI_LABEL_BASELINE_SCORES if split.multi_label else BASELINE_SCORES
+        plain, by_method = [], []
+        for tested, title in ((self.baseline, "baseline"), (model, config.method)):
+            logits, labels = logits_of_test(tested, split), split.test.labels
+            plain.append([judge(logits, labels, name, partial(as_score, name)) for name in names])
+            by_method.append(judge(logits, labels, method.score_name, method.score))
+            for one in [*plain[-1], by_method[-1]]:
+                ood = {name: metrics.as_dict() for name, metrics in one.ood.items()}
+                self.lines.write(stage="result", model=title, score=one.score_name, accuracy=one.accuracy, ood=ood)
+        before, after = by_method
+        old = {f"baseline/{name}": scores for name, scores in before.scores.items()}
+        files.save_scores(config.folder / "scores.npz", {**after.scores, **old})
+        return Run(
+            folder=config.folder,
+            config=config,
+            split=split,
+            model=model,
+            baseline=plain[0],
+            before=before,
+            method=after,
+            plain=plain[1],
+            score=method.score,
+            threshold=self.threshold,
+            decided=self.decided,
+            history=files.read_json_lines(config.folder / "metrics.jsonl"),
+            seconds=self.seconds,
+        )
 
 
-def environment() -> dict[str, Any]:
-    """Versions that the numbers of a run depend on."""
-    return {
-        "oodkern": oodkern.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+def build_classifier(config: TrainConfig, split: OODSplit) -> Classifier:
+    """The model of a configuration, its images normalised by the training images' mean and deviation."""
+    sample = split.train.images(torch.arange(0, len(split.train), max(len(split.train) // SAMPLE, 1)))
+    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+    try:
+        model = build_model(config.model, sample.shape[1], len(split.classes))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from None
+    classifier = Classifier(model, mean=mean.tolist(), std=std.tolist())
+    if config.pretrain.checkpoint:
+        load_weights(classifier, Path(config.pretrain.checkpoint))
+    return classifier
+
+
+def load_weights(classifier: Classifier, path: Path) -> None:
+    """Starts from the baseline of a run's checkpoint, or from a state_dict of the model itself."""
+    try:
+        state = files.load_checkpoint(path)
+        if "format" in state:
+            classifier.load_state_dict(state.get("baseline") or state["model"])
+        else:
+            classifier.model.load_state_dict(state.get("state_dict", state))
+    except Exception as error:  # whatever a damaged or a foreign file raises
+        raise ConfigError(f"pretrain.checkpoint: {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def shown(parts: dict[str, float], images: int) -> dict[str, str]:
+    """The loss, its parts, and images per second, for the progress bar."""
+    hidden = ("seconds", "gradient_norm")
+    rate = images / max(parts["seconds"], 1e-9)
+    return {name: f"{value:.3g}" for name, value in parts.items() if name not in hidden} | {"images/s": f"{rate:,.0f}"}

@@ -1,0 +1,141 @@
+"""Logits and penultimate features of any `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Where a classifier keeps the layer that makes its logits, in the order they are looked up.
+HEADS = ("get_classifier", "fc", "head", "classifier")
+
+
+class Output(NamedTuple):
+    """logits [N, K]; features [N, D], what the head made them of: logits = features @ head.weight.T + head.bias."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class Classifier(nn.Module):
+    """Any classifier, its images normalised, its head and penultimate features at hand.
+
+    `classifier(images)` gives logits, `classifier.outputs(images)` an Output with the features too, from one forward
+    pass. The features are found by the first of
+      - timm's protocol, `forward_features` and `forward_head(..., pre_logits=True)`;
+      - a forward pre-hook on the head, registered once, here, and removed by `close()` (or at the end of a
+        `with` block).
+
+    Args:
+        model: makes logits [N, K] of images [N, C, H, W].
+        head: the dotted name of its last linear layer; by default looked up as `get_classifier()`, `fc`, `head`,
+            `classifier`: the last nn.Linear of whatever that is.
+        mean, std: of the pixels, one for each channel: images are taken in [0, 1] and normalised by them. Buffers, so
+            that a checkpoint carries them. By default images go to the model as they are.
+
+    Raises ValueError where no head is found, saying where it was looked for.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: str | None = None,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(f"mean, std: expected as many of each, std positive, got {list(mean)} and {list(std)}")
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+        self.head_name = find_head(model, head)
+        self._features: list[Tensor] = []
+        self._listening = False
+        # A head that was named is meant, whatever protocol the model speaks.
+        self.by_protocol = head is None and speaks_timm(model)
+        self._hook = None if self.by_protocol else self.head.register_forward_pre_hook(self._listen)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer that makes logits of features: weight [K, D], bias [K] or None."""
+        found = self.model.get_submodule(self.head_name)
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.normalize(images))
+
+    def outputs(self, images: Tensor) -> Output:
+        """Logits and features of images [N, C, H, W] in one forward pass."""
+        images = self.normalize(images)
+        if self.by_protocol:
+            features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+            return Output(self.head(features), features)
+        if self._hook is None:
+            raise RuntimeError("this Classifier was closed: its hook on the head is gone")
+        self._features.clear()
+        self._listening = True
+        try:
+            logits = self.model(images)
+            if len(self._features) != 1:
+                raise RuntimeError(
+                    f"head: expected {self.head_name} to be called once in a forward pass, it was called "
+                    f"{len(self._features)} times; name another layer"
+                )
+            return Output(logits, self._features[0])
+        finally:
+            self._listening = False
+            self._features.clear()
+
+    def _listen(self, head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if self._listening:
+            self._features.append(arguments[0])
+
+    def close(self) -> None:
+        """Removes the hook; logits still work."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def speaks_timm(model: nn.Module) -> bool:
+    """Whether features of timm's protocol go through the linear head alone to become the logits."""
+    if not all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head", "get_classifier")):
+        return False
+    return isinstance(model.get_classifier(), nn.Linear)
+
+
+def find_head(model: nn.Module, head: str | None = None) -> str:
+    """The dotted name of the linear layer that makes a model's logits."""
+    names = {module: name for name, module in model.named_modules()}
+    if head is not None:
+        if head not in names.values() or not isinstance(model.get_submodule(head), nn.Linear):
+            linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            raise ValueError(f"head: expected the name of an nn.Linear, one of {', '.join(linear)}, got {head!r}")
+        return head
+    for attribute in HEADS:
+        found = getattr(model, attribute, None)
+        if attribute == "get_classifier":
+            found = found() if callable(found) else None
+        if isinstance(found, nn.Module):
+            layers = [module for module in found.modules() if isinstance(module, nn.Linear)]
+            if layers:
+                return names[layers[-1]]
+    raise ValueError(
+        f"head: {type(model).__name__} has no linear layer as {', '.join(HEADS[1:])} or of get_classifier(); name it"
+    )

@@ -1,0 +1,224 @@
+"""From the names of a configuration to an OODSplit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from oodkern.data.augment import augmentation
+from oodkern.data.embedded import FAR_PATCHES, as_canvases, photo_patches, read_digits
+from oodkern.data.images import ArraySet, ImageSet
+from oodkern.data.readers import DataError, Parts, read_cifar, read_folder, read_idx_folder
+from oodkern.data.split import (
+    ClassSplit,
+    OODSplit,
+    at_most,
+    generator_of,
+    hold_out,
+    of_classes,
+    split_classes,
+    without_shared_images,
+)
+
+EMBEDDED = ("digits", "digits-multilabel")
+MULTI_LABEL = ("digits-multilabel",)
+KINDS = ("idx", "emnist", "cifar10", "cifar100", "folder")
+# What suits the images of a kind: augmentation of ID images, and of outliers.
+SUITABLE = {
+    "digits": ("none", "vary"),
+    "digits-multilabel": ("none", "vary"),
+    "idx": ("crop", "crop"),
+    "emnist": ("crop", "crop"),
+    "cifar10": ("crop+flip", "crop+flip"),
+    "cifar100": ("crop+flip", "crop+flip"),
+    "folder": ("crop+flip", "crop+flip"),
+}
+TEST_SHARE = 0.3  # of the ID images, where a set has no test part of its own
+
+
+@dataclass
+class DataConfig:
+    """A source is written KIND:PATH with KIND one of idx, emnist, cifar10, cifar100, folder; or digits, photos."""
+
+    name: str = "digits"  # the labelled ID set: digits, digits-multilabel or a source
+    outliers: str = ""  # the source to train with; empty: held-out classes of the ID set
+    ood: dict[str, str] = field(default_factory=dict)  # of the test, name: source; empty: held-out classes, as near
+    classes: list[int] = field(default_factory=list)  # how many known, outlier and OOD classes; empty: as 6, 2, 2
+    split: int | None = None  # number of a random split of the classes and the images; null: the fixed one
+    validation: float = 0.15  # share of the training images, and of the outliers
+    limit: int = 0  # at most so many ID images to train with; 0: all
+    size: int = 0  # pixels a side; 0: as the ID set has them, 32 for folders
+    channels: int = 0  # 1 or 3; 0: as the ID set has them, 3 for folders
+    augmentation: str = "auto"  # none, or crop, flip, vary joined by +; auto: what suits the set
+    outlier_augmentation: str = "auto"
+    workers: int = 0  # processes that make each stream's batches; they change no number
+
+
+def kind_of(source: str) -> tuple[str, str]:
+    """"KIND", "PATH" of a source. Raises ValueError with the kinds there are."""
+    kind, colon, path = source.partition(":")
+    if source in EMBEDDED or source == "photos":
+        return source, ""
+    if kind not in KINDS or not colon or not path:
+        raise ValueError(f"expected digits, photos or KIND:PATH with KIND one of {', '.join(KINDS)}, got {source!r}")
+    return kind, path
+
+
+def open_source(source: str, channels: int, size: int, split: int | None = None) -> Parts:
+    """The official parts of a source. `channels` and `size` are those of decoded files, and of photos."""
+    kind, path = kind_of(source)
+    if kind == "photos":
+        return {"all": photo_patches(FAR_PATCHES, channels, size, split)}
+    if kind in EMBEDDED:
+        return {"all": read_digits()}
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{source}: expected a folder, and {root} is none")
+    if kind in ("idx", "emnist"):
+        return read_idx_folder(root, transposed=kind == "emnist")
+    if kind == "folder":
+        return read_folder(root, channels, size)
+    return read_cifar(root, int(kind.removeprefix("cifar")))
+
+
+def conform(images: ImageSet, channels: int, size: int) -> ImageSet:
+    """Images in memory made [channels, size, size], as files are when they are decoded."""
+    if not isinstance(images, ArraySet) or images.array.shape[1:] == (channels, size, size):
+        return images
+    array: Tensor = images.array
+    if array.shape[1] != channels:
+        grey = array.float().mean(1, keepdim=True)
+        array = (grey.round().to(array.dtype) if array.dtype == torch.uint8 else grey).expand(-1, channels, -1, -1)
+    if array.shape[2:] != (size, size):
+        resized = interpolate(array.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        array = resized.round().to(array.dtype) if array.dtype == torch.uint8 else resized
+    return ArraySet(array.contiguous(), images.labels, images.classes)
+
+
+def part_of(parts: Parts, name: str) -> ImageSet:
+    """The official part of that name; of a set without parts, all of it."""
+    return parts[name] if name in parts else next(iter(parts.values()))
+
+
+def class_sizes(data: DataConfig, count: int) -> list[int]:
+    if data.classes:
+        return list(data.classes)
+    held = max(round(0.2 * count), 1)
+    outliers, ood = 0 if data.outliers else held, 0 if data.ood else held
+    return [count - outliers - ood, outliers, ood]
+
+
+def build_split(data: DataConfig) -> OODSplit:
+    """The parts that a configuration describes. No image is in two of them, where the sets are in memory.
+
+    Raises ValueError naming the key, and DataError naming the file.
+    """
+    check(data)
+    kind, _ = kind_of(data.name)
+    parts = open_source(data.name, data.channels or 3, data.size or 32, data.split)
+    shape = next(iter(parts.values())).shape
+    channels, size = data.channels or shape[0], data.size or max(shape[1:])
+    parts = {name: conform(images, channels, size) for name, images in parts.items()}
+    labelled = part_of(parts, "train")
+    count = len(labelled.classes)
+    if count < 2:
+        raise DataError(f"{data.name}: expected images of two classes at least, one folder for each class")
+    sizes = class_sizes(data, count)
+    chosen = split_classes(count, sizes, data.split)
+    split = split_images(data, parts, chosen)
+
+    def other(source: str, part: str) -> ImageSet:
+        images = part_of(open_source(source, channels, size, data.split), part).as_outliers()
+        return conform(images, channels, size)
+
+    ood = dict(split.test_ood)
+    if kind == "digits-multilabel":
+        split = as_canvases(split, data.split)
+        size, ood = split.train.shape[1], dict(split.test_ood)
+    if kind in EMBEDDED and not data.ood:
+        ood["far"] = other("photos", "test")
+    for name, source in data.ood.items():
+        ood[name] = other(source, "test")
+    outliers, outlier_validation = split.outliers, split.outlier_validation
+    if data.outliers:
+        outliers, outlier_validation = hold_out(other(data.outliers, "train"), data.validation, generator_of(data.split, 5))
+    for key, images in (("data.outliers", outliers), ("data.ood", ood)):
+        if not len(images):
+            raise ValueError(f"{key}: expected a source, or classes held out by data.classes (now {sizes})")
+    suitable = SUITABLE[kind]
+    split = replace(
+        split,
+        test_ood=ood,
+        outliers=outliers,
+        outlier_validation=outlier_validation,
+        augmentation=suitable[0] if data.augmentation == "auto" else data.augmentation,
+        outlier_augmentation=suitable[1] if data.outlier_augmentation == "auto" else data.outlier_augmentation,
+    )
+    split, dropped = without_shared_images(split)
+    if dropped and not (len(split.outliers) and len(split.outlier_validation)):
+        raise DataError(f"{data.outliers or data.name}: every outlier is an ID image or an image of the test")
+    return split
+
+
+def split_images(data: DataConfig, parts: Parts, chosen: ClassSplit) -> OODSplit:
+    """The ID, outlier and near OOD images of one labelled set."""
+    known = of_classes(part_of(parts, "train"), chosen.known)
+    if "test" in parts:
+        training, test = known, of_classes(parts["test"], chosen.known)
+    else:
+        training, test = hold_out(known, TEST_SHARE, generator_of(data.split, 3))
+    training = at_most(training, data.limit, generator_of(data.split, 6))
+    train, validation = hold_out(training, data.validation, generator_of(data.split, 4))
+    outliers = of_classes(part_of(parts, "train"), chosen.outliers)
+    outliers, outlier_validation = hold_out(outliers, data.validation, generator_of(data.split, 5))
+    ood: dict[str, ImageSet] = {}
+    if chosen.ood:
+        ood["near"] = of_classes(part_of(parts, "test"), chosen.ood).as_outliers()
+    name = data.name if data.split is None else f"{data.name} split {data.split}"
+    classes = tuple(known.classes)
+    return OODSplit(
+        name, train, validation, test, outliers.as_outliers(), outlier_validation.as_outliers(), ood, classes
+    )
+
+
+def check(data: DataConfig) -> None:
+    """Raises ValueError, before any file is opened, naming the key."""
+    sources: Mapping[str, str] = {"data.name": data.name} | {f"data.ood.{name}": one for name, one in data.ood.items()}
+    if data.outliers:
+        sources = {**sources, "data.outliers": data.outliers}
+    for key, source in sources.items():
+        try:
+            kind, _ = kind_of(source)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if kind == "photos" and key in ("data.name", "data.outliers"):
+            raise ValueError(f"{key}: photos are for the test; expected another source")
+        if kind == "digits-multilabel" and key != "data.name":
+            raise ValueError(f"{key}: expected digits or KIND:PATH, got {source!r}")
+    for key, source in sources.items():
+        if key.startswith("data.ood") and source in (data.outliers, data.name):
+            raise ValueError(f"{key}: {source} is trained with; expected images that training never sees")
+    if data.outliers == data.name:
+        raise ValueError(f"data.outliers: {data.outliers} is the ID set; expected other images")
+    if not 0.01 <= data.validation <= 0.5:
+        raise ValueError(f"data.validation: expected a share from 0.01 to 0.5, got {data.validation}")
+    if data.channels not in (0, 1, 3):
+        raise ValueError(f"data.channels: expected 1 or 3, or 0 for those of the ID set, got {data.channels}")
+    ranges = {"size": (0, 4096), "limit": (0, 2**40), "workers": (0, 256), "split": (0, 2**32)}
+    for key, (low, high) in ranges.items():
+        value = getattr(data, key)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"data.{key}: expected a number from {low} to {high:,}, got {value}")
+    for key in ("augmentation", "outlier_augmentation"):
+        if (names := getattr(data, key)) != "auto":
+            try:
+                augmentation(names)
+            except ValueError as error:
+                raise ValueError(f"data.{key}: {error}") from None
+
+

@@ -1,0 +1,157 @@
+"""The page: configuration, results, figures, and the images that are hardest. No script, no request to anywhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from oodkern.config import to_yaml
+from oodkern.data import ImageSet
+from oodkern.report import plots
+from oodkern.tables import LEGEND, evaluation_head, evaluation_rows
+from oodkern.training import files
+from oodkern.training.evaluation import SAMPLE, logits_of
+from oodkern.training.folder import environment
+
+if TYPE_CHECKING:
+    from oodkern.training import Run
+
+THUMBNAILS = 24
+STYLE = (Path(__file__).parent / "page.css").read_text()
+
+
+def write_report(run: Run) -> Path:
+    """Writes report.html into the run folder."""
+    import matplotlib
+
+    with matplotlib.rc_context(plots.STYLE):
+        content = page(run)
+    path = run.folder / "report.html"
+    files.write_text(path, content)
+    return path
+
+
+def page(run: Run) -> str:
+    title = f"{run.config.method} on {run.split.name}, seed {run.config.seed}"
+    body = "\n".join([header(run, title), results(run), figures(run), hardest(run), settings(run)])
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} - oodkern</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def header(run: Run, title: str) -> str:
+    facts = {
+        "trained in": f"{run.seconds:.0f} s",
+        "model": run.config.model.name,
+        "threshold": f"{run.threshold:.4g} ({run.method.score_name})",
+    }
+    items = "".join(f"<li><b>{escape(value)}</b> {escape(name)}</li>" for name, value in facts.items())
+    return (
+        f"<header><h1>{escape(title)}</h1><p>{escape(run.split.describe())}.</p><ul class='facts'>{items}</ul></header>"
+    )
+
+
+def results(run: Run) -> str:
+    head = evaluation_head(run.split.multi_label)
+    models = [("baseline", run.best_baseline), (run.config.method, run.method)]
+    rows = [row for name, one in models for row in evaluation_rows(name, one)]
+    # The better of the two models in each column of numbers, for each OOD set: lower for the FPRs.
+    half = len(rows) // 2
+    cells = []
+    for i, row in enumerate(rows):
+        rival = rows[(i + half) % len(rows)]
+        line = []
+        for column, text in enumerate(row):
+            number = column == 2 or column > 3
+            mine, other = (float(text), float(rival[column])) if number else (0.0, 0.0)
+            better = mine < other if column >= 6 else mine > other
+            line.append(f"<td class='{'number' if number else ''}{' better' if better else ''}'>{escape(text)}</td>")
+        cells.append(f"<tr class='{'method' if i >= half else ''}'>{''.join(line)}</tr>")
+    heads = "".join(f"<th class='{'number' if i == 2 or i > 3 else ''}'>{escape(h)}</th>" for i, h in enumerate(head))
+    others = ", ".join(f"{one.score_name} {100 * one.mean_auroc:.1f}" for one in run.baseline)
+    return (
+        f"<section><h2>Result</h2><div class='scroll'><table><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{''.join(cells)}</tbody></table></div>"
+        f"<p class='note'>{escape(LEGEND)} The better of the two models in bold. The baseline, the model before "
+        f"fine-tuning, is judged by the score that serves it better here (mean AUROC {escape(others)}).</p></section>"
+    )
+
+
+def figures(run: Run) -> str:
+    score = run.method.score_name
+    drawn = (
+        ("Scores", plots.histograms(run), f"Histograms of the {score} score before and after fine-tuning",
+         f"The {score} of the test images. The threshold accepts 95 % of the ID validation images."),
+        ("ROC curves", plots.roc_curves(run), "ROC curves of both models on every OOD set",
+         f"Both models by the {score}: dotted before, solid after fine-tuning."),
+        ("Training", plots.training_curves(run), "Loss and validation curves over the epochs",
+         "The held-out images of the training sets choose best.ckpt and the threshold; the test is looked at once."),
+    )
+    return "\n".join(
+        f"<section><h2>{name}</h2><img class='figure' alt='{escape(alt)}' src='{data_uri(svg.encode(), 'image/svg+xml')}'>"
+        f"<p class='note'>{escape(note)}</p></section>"
+        for name, svg, alt, note in drawn
+    )
+
+
+def hardest(run: Run) -> str:
+    """The OOD images that look most like ID ones, and the ID images that look least like it."""
+    rows = [
+        (f"OOD, {name}", images, run.method.scores[name], False) for name, images in run.split.test_ood.items()
+    ]
+    limit = min(len(run.split.outliers), SAMPLE)
+    scores = run.score(logits_of(run.model, run.split.outliers, limit=limit))
+    chosen = run.split.outliers.select(torch.arange(limit) * len(run.split.outliers) // limit)
+    rows.append(("Outliers trained with", chosen, scores, False))
+    rows.append(("ID, hardest to accept", run.split.test, run.method.scores["id"], True))
+    strips = "".join(strip(run, *row) for row in rows)
+    return (
+        "<section><h2>Hardest images</h2><p class='note'>The OOD images with the lowest scores, and the ID images with "
+        "the highest: what the model takes each for, and the score. Framed in red: on the wrong side of the threshold."
+        f"</p>{strips}</section>"
+    )
+
+
+def strip(run: Run, name: str, images: ImageSet, scores: Tensor, known: bool) -> str:
+    worst = scores.argsort(descending=known, stable=True)[:THUMBNAILS]
+    pixels = images.images(worst)
+    labels = logits_of(run.model, images.select(worst)).argmax(-1)
+    wrong = scores > run.threshold if known else scores <= run.threshold
+    cells = "".join(
+        f"<figure class='{'wrong' if wrong[i] else ''}'><img alt='' src='{thumbnail(image)}'>"
+        f"<figcaption>{escape(run.split.classes[label])}<br><span>{scores[i]:.2f}</span></figcaption></figure>"
+        for i, image, label in zip(worst.tolist(), pixels, labels.tolist(), strict=True)
+    )
+    count = f"{int(wrong.sum()):,} of {len(scores):,} {'flagged' if known else 'accepted'}"
+    return f"<h3>{escape(name)} <small>{count}</small></h3><div class='strip'>{cells}</div>"
+
+
+def settings(run: Run) -> str:
+    decided = "".join(f"{name}: {value}\n" for name, value in run.decided.items())
+    blocks = [("Configuration", to_yaml(run.config)), ("Decided by the method", decided)]
+    blocks.append(("Environment", "".join(f"{name}: {value}\n" for name, value in environment().items())))
+    shown = "".join(f"<div><h3>{name}</h3><pre>{escape(text)}</pre></div>" for name, text in blocks if text)
+    return f"<section><h2>Settings</h2><div class='settings'>{shown}</div></section>"
+
+
+def thumbnail(image: Tensor) -> str:
+    """A PNG of an image [C, H, W] in [0, 1]."""
+    from PIL import Image
+
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "image/png")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

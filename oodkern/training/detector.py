@@ -1,0 +1,78 @@
+"""A trained model at work: class, score and verdict of new images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oodkern.classifier import Classifier
+from oodkern.config import ConfigError, TrainConfig, load_config
+from oodkern.data.images import read_image
+from oodkern.methods import METHODS
+from oodkern.models import build_model
+from oodkern.training.folder import read_checkpoint
+
+
+class Prediction(NamedTuple):
+    """label [N] int64, the likeliest class (multi-label: [N, K] bool, logit > 0); score [N], larger = more OOD;
+    is_ood [N] bool, score > threshold."""
+
+    label: Tensor
+    score: Tensor
+    is_ood: Tensor
+
+
+class Detector:
+    """The model, score and threshold of a checkpoint.
+
+    `predict(images [N, C, H, W] in [0, 1])` gives a Prediction; `classes` names the labels; `threshold` accepts 95 %
+    of the ID validation images. `read(path)` makes of an image file what the model was trained on.
+    """
+
+    def __init__(self, config: TrainConfig, state: dict) -> None:
+        self.config = config
+        self.classes: tuple[str, ...] = tuple(state["classes"])
+        self.shape: tuple[int, int, int] = tuple(state["shape"])
+        self.threshold: float = state["threshold"]
+        self.epoch: int = state["epoch"]
+        self.stage: str = state["stage"]
+        self.method = METHODS[config.method](config.loss, state["multi_label"])
+        channels = self.shape[0]
+        self.model = Classifier(
+            build_model(config.model, channels, len(self.classes)), mean=(0.0,) * channels, std=(1.0,) * channels
+        )
+        self.model.load_state_dict(state["model"])
+        self.model.eval()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
+            raise ValueError(f"images: expected [N, {', '.join(map(str, self.shape))}], got {list(images.shape)}")
+        logits = self.model(images)
+        score = self.method.score(logits)
+        label = logits > 0 if self.method.multi_label else logits.argmax(-1)
+        return Prediction(label, score, score > self.threshold)
+
+    def name_of(self, label: int | list[bool]) -> str:
+        """The class of a label; of a multi-label row, its classes joined by +."""
+        if isinstance(label, list):
+            return "+".join(name for name, there in zip(self.classes, label, strict=True) if there) or "none"
+        return self.classes[label]
+
+    def read(self, path: Path) -> Tensor:
+        """[C, H, W] of an image file. Raises OSError with its path where it is none."""
+        channels, height, _ = self.shape
+        return read_image(path, channels, height)
+
+
+def load_run(folder: Path | str, checkpoint: str = "last") -> Detector:
+    """The Detector of a run folder, from its last or its best checkpoint. Raises ConfigError with what is missing."""
+    folder = Path(folder)
+    if checkpoint not in ("last", "best"):
+        raise ConfigError(f"checkpoint: expected last or best, got {checkpoint!r}")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: expected the folder of a run, with a config.yaml")
+    return Detector(load_config(str(folder / "config.yaml")), read_checkpoint(folder / f"{checkpoint}.ckpt"))

@@ -1,0 +1,100 @@
+"""The folder of a run: what is in it, and what happens to one that is there already."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import oodkern
+from oodkern.config import ConfigError, TrainConfig, load_config, to_yaml
+from oodkern.training import files
+
+FORMAT = 1  # of the checkpoints
+OUTPUTS = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "last.ckpt",
+    "best.ckpt",
+    "scores.npz",
+    "report.html",
+    "not_finite.pt",
+)
+# What may change between a run and its resumption: where it stands and who makes its batches.
+FREE = ("name", "output", "device", "checkpoint_steps", "data.workers")
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested dicts."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, one in value.items():
+        found |= flat(one, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Makes the folder ready for a run; returns the checkpoint to go on from, or None for a run from the start.
+
+    A folder with a checkpoint is resumed, or with `overwrite` emptied of a run's files; with neither it is left
+    alone and ConfigError says so. Resuming asks for the configuration that the run has.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume, --overwrite: expected one of them")
+    if (folder / "last.ckpt").is_file() and not overwrite:
+        state = read_checkpoint(folder / "last.ckpt")
+        if not resume:
+            raise ConfigError(
+                f"{folder} holds a run (epoch {state['epoch']} of {state['stage']}): --resume goes on with it, "
+                "--overwrite starts anew, name=... keeps both"
+            )
+        old, new = (flat(asdict(one)) for one in (load_config(str(folder / "config.yaml")), config))
+        for key in sorted(old.keys() | new.keys()):
+            if key not in FREE and old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"{key}: the run in {folder} has {old.get(key)!r}, got {new.get(key)!r}; resume it as it was, or "
+                    "give another name=..."
+                )
+        (folder / "not_finite.pt").unlink(missing_ok=True)
+    else:
+        state = None
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
+            (folder / name).unlink(missing_ok=True)
+    files.write_text(folder / "config.yaml", to_yaml(config))
+    files.write_json(folder / "environment.json", environment())
+    return state
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of a run. Raises ConfigError with its path where it is none."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected a run with a checkpoint")
+    try:
+        state = files.load_checkpoint(path)
+    except Exception as error:  # a damaged file raises whatever its bytes happen to spell
+        raise ConfigError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+    return state
+
+
+def environment() -> dict[str, Any]:
+    """Versions that the numbers of a run depend on."""
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "oodkern": oodkern.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": cuda,
+    }

@@ -1,0 +1,221 @@
+"""One optimisation: a model, a loss, two streams, an optimizer and a schedule, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from oodkern.config import ScheduleConfig, TrainConfig
+from oodkern.data import Batches, ImageSet, OODSplit, augmentation, stream
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_SCALE = 1.0  # a float16 gradient that overflows even at this scale is no matter of scale
+STREAMS = {"pretrain": (0, 1), "method": (2, 3)}  # numbers of the ID and the outlier stream
+
+
+class NotFinite(Exception):
+    """The loss, its gradient or what the model makes of the data became NaN or infinite; `batch` is the culprit."""
+
+    def __init__(self, message: str, batch: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+def rate_at(step: int, steps: int, warmup: int, schedule: ScheduleConfig) -> float:
+    """The learning rate of a step as a share of the full one: linear warm-up, then the schedule over the rest."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    if schedule.name == "cosine":
+        return (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    if schedule.name == "step":
+        return schedule.gamma ** sum(step / max(steps, 1) >= milestone for milestone in schedule.milestones)
+    return 1.0
+
+
+def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    options = config.optimizer
+    if options.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=options.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.momentum > 0,
+    )
+
+
+class Stage:
+    """`advance()` is one step over a batch of ID images and one of outliers.
+
+    By default one joint forward pass over [ID; outliers]: BatchNorm then normalises both by the statistics of the
+    whole batch. With `split_forward` each part has its own pass and its own statistics; where the loss is the sum of
+    a term of each, the backward pass of the first comes before the forward pass of the second, so that only one
+    part's activations are alive.
+
+    `state_dict()` and `load_state_dict()` carry everything that the next step depends on, the random state of the
+    process apart.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["pretrain", "method"],
+        config: TrainConfig,
+        split: OODSplit,
+        model: nn.Module,
+        loss: nn.Module,
+        outliers: bool,
+        device: torch.device,
+    ) -> None:
+        self.kind, self.config, self.model, self.loss, self.device = kind, config, model, loss, device
+        self.name = config.method if kind == "method" else kind
+        options = config.optimizer
+        self.epochs = config.epochs if kind == "method" else config.pretrain.epochs
+        self.steps_per_epoch = max(len(split.train) // options.batch_size, 1)
+        self.steps = self.epochs * self.steps_per_epoch
+        numbers = STREAMS[kind]
+        self.id_batches = self._batches(split.train, options.batch_size, numbers[0], split.augmentation)
+        self.outlier_batches = None
+        if outliers:
+            self.outlier_batches = self._batches(
+                split.outliers, options.outlier_batch_size, numbers[1], split.outlier_augmentation
+            )
+        self.parameters = [*model.parameters(), *loss.parameters()]
+        self.lr = config.optimizer.lr if kind == "method" else config.pretrain.lr
+        self.optimizer = build_optimizer(config, self.parameters, self.lr)
+        self.warmup = round(config.schedule.warmup * self.steps_per_epoch)
+        self.dtype = DTYPES[config.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.step = 0
+        self.totals: dict[str, float] = {}  # of the epoch: sums over its steps
+        self._id_stream: Any = None
+        self._outlier_stream: Any = None
+
+    def _batches(self, images: ImageSet, size: int, number: int, augment: str) -> Batches:
+        return Batches(images, size, self.config.seed, number, augmentation(augment))
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are over."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.step % self.steps_per_epoch == 0
+
+    @property
+    def images_per_step(self) -> int:
+        outliers = self.outlier_batches.batch_size if self.outlier_batches else 0
+        return self.id_batches.batch_size + outliers
+
+    def next_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """ID images, their targets, and outliers, on the device."""
+        if self._id_stream is None:  # the streams of a resumed stage begin where the last step ended
+            workers, pin = self.config.data.workers, self.device.type == "cuda"
+            self._id_stream = stream(self.id_batches, self.step, workers, pin)
+            if self.outlier_batches is not None:
+                self._outlier_stream = stream(self.outlier_batches, self.step, workers, pin)
+        images, target = next(self._id_stream)
+        outliers = next(self._outlier_stream)[0] if self._outlier_stream is not None else None
+        move = {"device": self.device, "non_blocking": True}
+        return images.to(**move), target.to(**move), None if outliers is None else outliers.to(**move)
+
+    def close(self) -> None:
+        """Lets go of the streams, and so of their processes."""
+        self._id_stream = self._outlier_stream = None
+
+    def advance(self) -> dict[str, float]:
+        """One step; its loss, the loss's parts, and the norm of the gradient."""
+        started = time.perf_counter()
+        images, target, outliers = self.next_batch()
+        batch = {"images": images, "target": target, "outliers": outliers, "stage": self.name, "step": self.step + 1}
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            parts = self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
+        except NotFinite as error:
+            error.batch = batch
+            raise
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.optimizer.clip_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        # float16 gradients may overflow: the scaler then leaves this step out and lowers its scale.
+        if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < SMALLEST_SCALE):
+            raise NotFinite(f"the gradient's norm is {norm} at step {self.step + 1} of {self.name}", batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate_at(self.step, self.steps, self.warmup, self.config.schedule)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        if math.isfinite(norm):
+            parts["gradient_norm"] = norm
+        parts["seconds"] = time.perf_counter() - started
+        for name, value in parts.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        return parts
+
+    @property
+    def splits(self) -> bool:
+        return self.config.split_forward and self.outlier_batches is not None
+
+    def joint(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
+        count = len(images)
+        if outliers is not None:
+            images = torch.cat([images, outliers])
+        logits = self.logits(images)
+        known, unknown = logits[:count], logits[count:]
+        return self.backward(*self.loss(known, target, unknown, return_parts=True))
+
+    def split_forward(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
+        assert outliers is not None
+        if not getattr(self.loss, "separable", False):
+            logits = self.logits(images), self.logits(outliers)
+            return self.backward(*self.loss(logits[0], target, logits[1], return_parts=True))
+        known = self.logits(images)
+        parts = self.backward(*self.loss(known, target, known.new_zeros(0, known.shape[1]), return_parts=True))
+        nothing = known.new_zeros(0, known.shape[1])
+        del known
+        unknown = self.logits(outliers)
+        more = self.backward(*self.loss(nothing, target[:0], unknown, return_parts=True))
+        return {name: parts.get(name, 0.0) + more.get(name, 0.0) for name in {**parts, **more}}
+
+    def logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(images)
+
+    def backward(self, value: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
+        loss = value.item()
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {loss} at step {self.step + 1} of {self.name}")
+        self.scaler.scale(value).backward()
+        return {"loss": loss} | {name: float(part) for name, part in parts.items()}
+
+    def means(self) -> dict[str, float]:
+        """Means over the epoch's steps, and images per second; the sums start anew."""
+        steps = self.step - (self.epoch - 1) * self.steps_per_epoch
+        means = {name: total / steps for name, total in self.totals.items()}
+        self.totals = {}
+        return means | {"images_per_second": self.images_per_step / max(means.pop("seconds"), 1e-9)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "totals": self.totals,
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()
+        self.step, self.totals = state["step"], dict(state["totals"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+

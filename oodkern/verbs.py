@@ -1,0 +1,149 @@
+"""What the verbs of the command line do. Each prints, and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from oodkern import tables
+from oodkern.config import ConfigError, load_config, to_yaml
+from oodkern.data import build_split
+from oodkern.data.images import image_files
+from oodkern.training import Detector, evaluate as judge, load_run
+from oodkern.training import train as run_training
+from oodkern.training.comparison import compare as run_comparison
+
+OK, WRONG = 0, 2
+SCORE_BATCH = 256
+
+
+def file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """A configuration file, where the first argument is one, and the rest."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def train(options: argparse.Namespace, command: list[str]) -> int:
+    config = load_config(*file_and_overrides(options.words))
+    if options.show:
+        print(to_yaml(config), end="")
+        return OK
+    try:
+        run = run_training(
+            config,
+            progress=not options.quiet and sys.stderr.isatty(),
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+    except KeyboardInterrupt:
+        again = shlex.join([*(word for word in command if word not in ("--overwrite", "--resume")), "--resume"])
+        raise KeyboardInterrupt(f"interrupted; `{again}` goes on") from None
+    print()
+    print(tables.run_table(run))
+    print(f"\n{run.seconds:.1f} s; the report is {run.folder / 'report.html'}")
+    return OK
+
+
+def evaluate(options: argparse.Namespace, command: list[str]) -> int:
+    detector = load_run(options.run, options.checkpoint)
+    for override in options.words:
+        if not override.startswith("data."):
+            raise ConfigError(f"{override}: expected data.KEY=VALUE; the rest is the run's own")
+    config = load_config(str(Path(options.run) / "config.yaml"), options.words)
+    try:
+        split = build_split(config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if split.classes != detector.classes or split.train.shape != detector.shape:
+        raise ConfigError(
+            f"data: expected the run's classes {', '.join(detector.classes)} at {detector.shape}, got "
+            f"{', '.join(split.classes)} at {split.train.shape}"
+        )
+    found = judge(detector.model, split, detector.method.score_name, detector.method.score)
+    flagged = {name: float((scores > detector.threshold).float().mean()) for name, scores in found.scores.items()}
+    if options.json:
+        ood = {name: metrics.as_dict() for name, metrics in found.ood.items()}
+        print(
+            json.dumps(
+                {
+                    "run": str(options.run),
+                    "checkpoint": options.checkpoint,
+                    "score": found.score_name,
+                    "accuracy": found.accuracy,
+                    "ood": ood,
+                    "threshold": detector.threshold,
+                    "flagged": flagged,
+                },
+                indent=2,
+            )
+        )
+        return OK
+    print(f"{split.describe()}\n{options.checkpoint}.ckpt, epoch {detector.epoch} of {detector.stage}\n")
+    print(tables.evaluation_table([(config.method, found)], split.multi_label))
+    shares = ", ".join(f"{tables.percent(share)} of {'ID' if name == 'id' else name}" for name, share in flagged.items())
+    print(f"\nAt the stored threshold, {detector.threshold:.4g}, these percent are called OOD: {shares}.")
+    return OK
+
+
+def score(options: argparse.Namespace, command: list[str]) -> int:
+    detector = load_run(options.run, options.checkpoint)
+    paths: list[Path] = []
+    for given in map(Path, options.words):
+        if not given.exists():
+            raise ConfigError(f"{given}: no such file or folder")
+        found = image_files(given) if given.is_dir() else [given]
+        if not found:
+            raise ConfigError(f"{given}: expected images, found none")
+        paths += found
+    if not options.json:
+        print("image\tclass\tscore\tOOD")
+    unreadable = 0
+    for start in range(0, len(paths), SCORE_BATCH):
+        batch, images = [], []
+        for path in paths[start : start + SCORE_BATCH]:
+            try:
+                images.append(detector.read(path))
+                batch.append(path)
+            except OSError as error:
+                print(f"oodkern score: {error}", file=sys.stderr)
+                unreadable += 1
+        if images:
+            print_scores(detector, batch, torch.stack(images), options.json)
+    return WRONG if unreadable else OK
+
+
+def print_scores(detector: Detector, paths: list[Path], images: torch.Tensor, as_json: bool) -> None:
+    found = detector.predict(images)
+    for path, label, score, is_ood in zip(paths, *(one.tolist() for one in found), strict=True):
+        name = detector.name_of(label)
+        if as_json:
+            line = {"image": str(path), "class": name, "score": score, "threshold": detector.threshold, "ood": is_ood}
+            print(json.dumps(line))
+        else:
+            print(f"{path}\t{name}\t{score:.4f}\t{'yes' if is_ood else 'no'}")
+
+
+def compare(options: argparse.Namespace, command: list[str]) -> int:
+    if options.splits is not None and options.splits < 1:
+        raise ConfigError(f"--splits: expected 1 or more, got {options.splits}")
+    path, overrides = file_and_overrides(options.words)
+    splits: list[int | None] = [None] if options.splits is None else list(range(options.splits))
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        found = run_comparison(options.methods, options.seeds, splits, overrides, path, log)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    if options.json:
+        print(json.dumps(found.as_dict(shlex.join(command)), indent=1))
+    else:
+        print(found.table())
+    return OK
