@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Classifier(nn.Module):
     Raises ValueError where no head is found, saying where it was looked for.
     """
 
+    model: Any  # an nn.Module, perhaps with the methods of a protocol
     mean: Tensor
     std: Tensor
 
@@ -113,7 +114,7 @@ class Classifier(nn.Module):
         self.close()
 
 
-def speaks_timm(model: nn.Module) -> bool:
+def speaks_timm(model: Any) -> bool:
     """Whether features of timm's protocol go through the linear head alone to become the logits."""
     if not all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head", "get_classifier")):
         return False

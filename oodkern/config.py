@@ -20,7 +20,6 @@ from oodkern.data.sources import check as check_data
 from oodkern.methods import METHODS
 from oodkern.models import ModelConfig, check_model
 
-
 PRECISIONS, OPTIMIZERS, SCHEDULES = ("fp32", "bf16", "fp16"), ("sgd", "adamw"), ("cosine", "step", "constant")
 
 # Defaults of an embedded set, and of a method on it, where they are not those of the schema: found by hand. Binary
@@ -211,8 +210,8 @@ def check_values(config: TrainConfig) -> None:
         "optimizer.clip_norm": (config.optimizer.clip_norm, math.inf),
         "schedule.warmup": (config.schedule.warmup, math.inf),
         "schedule.gamma": (config.schedule.gamma, math.inf),
-        **{"schedule.milestones": (one, 1) for one in config.schedule.milestones},
     }
+    ranges |= {f"schedule.milestones[{i}]": (one, 1) for i, one in enumerate(config.schedule.milestones)}
     for key, (value, end) in ranges.items():
         if not 0 <= value < end:
             limit = "" if end == math.inf else f" and less than {end}"
@@ -222,9 +221,9 @@ def check_values(config: TrainConfig) -> None:
         "optimizer.name": (config.optimizer.name, OPTIMIZERS),
         "schedule.name": (config.schedule.name, SCHEDULES),
     }
-    for key, (value, known) in choices.items():
-        if value not in known:
-            raise ConfigError(f"{key}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+    for key, (name, known) in choices.items():
+        if name not in known:
+            raise ConfigError(f"{key}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {config.device!r}")
     if any(parent.exists() and not parent.is_dir() for parent in (config.folder, *config.folder.parents)):

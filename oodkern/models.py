@@ -160,7 +160,7 @@ class ResNet18(ImageClassifier):
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """He's normal initialisation of the convolutions by their outputs, zero bias of the head, as both papers have it."""
+    """He's normal initialisation of the convolutions by their outputs, zero bias of the head, as in both papers."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -182,7 +182,9 @@ def build_model(options: ModelConfig, in_channels: int, num_classes: int) -> nn.
         try:
             import timm
         except ImportError as error:
-            raise ImportError(f"model.name: {options.name} needs timm ({error}): pip install 'oodkern[vision]'") from error
+            raise ImportError(
+                f"model.name: {options.name} needs timm ({error}): pip install 'oodkern[vision]'"
+            ) from error
         name = options.name.removeprefix("timm:")
         if not timm.is_model(name):
             raise ValueError(f"model.name: timm has no model {name!r}")

@@ -14,7 +14,8 @@ from oodkern import tables
 from oodkern.config import ConfigError, load_config, to_yaml
 from oodkern.data import build_split
 from oodkern.data.images import image_files
-from oodkern.training import Detector, evaluate as judge, load_run
+from oodkern.training import Detector, load_run
+from oodkern.training import evaluate as judge
 from oodkern.training import train as run_training
 from oodkern.training.comparison import compare as run_comparison
 
@@ -86,7 +87,9 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
         return OK
     print(f"{split.describe()}\n{options.checkpoint}.ckpt, epoch {detector.epoch} of {detector.stage}\n")
     print(tables.evaluation_table([(config.method, found)], split.multi_label))
-    shares = ", ".join(f"{tables.percent(share)} of {'ID' if name == 'id' else name}" for name, share in flagged.items())
+    shares = ", ".join(
+        f"{tables.percent(share)} of {'ID' if name == 'id' else name}" for name, share in flagged.items()
+    )
     print(f"\nAt the stored threshold, {detector.threshold:.4g}, these percent are called OOD: {shares}.")
     return OK
 

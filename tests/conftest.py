@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def pytest_addoption(parser):
     parser.addoption("--second-python", help="an interpreter with another PyTorch, to load the built library under")
+    parser.addoption("--real-data", help="a folder of real data sets: fashion_mnist, mnist, emnist_letters, unpack.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -27,3 +28,11 @@ def seed():
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data(pytestconfig) -> Path:
+    folder = pytestconfig.getoption("--real-data")
+    if not folder:
+        pytest.skip("real data sets need --real-data=FOLDER")
+    return Path(folder)

@@ -15,6 +15,32 @@ def test_the_schema_follows_the_method(tmp_path):
     assert config.optimizer.lr == 1e-3
 
 
+def test_the_embedded_sets_have_defaults_that_suit_them():
+    config = load_config(None, ["data.name=digits-multilabel"])
+    assert (config.optimizer.name, config.optimizer.lr, config.loss.alpha) == ("adamw", 0.001, 0.01)
+    config = load_config(None, ["data.name=digits-multilabel", "optimizer.lr=0.5", "method=oe"])
+    assert (config.optimizer.name, config.optimizer.lr, config.loss.alpha) == ("adamw", 0.5, 0.5)
+
+
+def test_names_of_run_folders():
+    def folder(*overrides):
+        return str(load_config(None, list(overrides)).folder)
+
+    assert folder() == "runs/energy-seed0"
+    assert folder("method=oe", "seed=3", "data.split=2") == "runs/oe-split2-seed3"
+    assert folder("data.name=digits-multilabel") == "runs/digits-multilabel-energy-seed0"
+    assert folder("data.name=idx:/data/fashion_mnist/") == "runs/fashion_mnist-energy-seed0"
+    assert folder("name=x", "output=/tmp/y") == "/tmp/y/x"
+
+
+def test_sets_of_the_test_have_names_of_their_own(tmp_path):
+    config = load_config(None, ["data.ood.far=photos", "data.ood.other-set=folder:/x"])
+    assert config.data.ood == {"far": "photos", "other-set": "folder:/x"}
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(str(file)) == config
+
+
 def test_resolved_configuration_reads_back(tmp_path):
     config = load_config(None, ["method=energy", "loss.margins=fixed", "loss.margin_in=-9", "name=x"])
     file = tmp_path / "config.yaml"
@@ -35,7 +61,14 @@ def test_resolved_configuration_reads_back(tmp_path):
         (["epochs=-1"], "epochs: expected 0 or more, got -1"),
         (["optimizer.batch_size=0"], "optimizer.batch_size: expected a positive number, got 0"),
         (["optimizer.lr=nan"], "optimizer.lr: expected a positive number, got nan"),
-        (["data.name=cifar"], "data.name: expected digits, got 'cifar'"),
+        (["precision=bf61"], "precision: expected one of fp32, bf16, fp16, got 'bf61' (did you mean bf16?)"),
+        (["schedule.name=cosin"], "schedule.name: expected one of cosine, step, constant, got 'cosin'"),
+        (["schedule.milestones=[0.5,2]"], "schedule.milestones[1]: expected 0 or more and less than 1, got 2.0"),
+        (["optimizer.name=adam"], "optimizer.name: expected one of sgd, adamw, got 'adam'"),
+        (["device=gpu"], "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["model.name=resnet"], "model.name: expected one of small_cnn, wrn_40, resnet18, or timm:NAME, got 'resnet'"),
+        (["data.ood.far.x=1"], "data.ood.far: expected one value, got a group"),
+        (["data.name=digits-multilabel", "loss.temperature=2"], "temperature: JointEnergy has none"),
         (["loss.margins=x"], "loss.margins: expected auto or fixed, got 'x'"),
         (["loss.margin_in=0"], "margin_in < margin_out"),
         (["loss.temperature=0"], "temperature: expected a positive number"),

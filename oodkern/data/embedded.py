@@ -24,7 +24,9 @@ def read_digits() -> ArraySet:
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
-    return ArraySet(as_images(digits.images / 16.0), torch.from_numpy(digits.target).long(), [str(i) for i in range(10)])
+    return ArraySet(
+        as_images(digits.images / 16.0), torch.from_numpy(digits.target).long(), [str(i) for i in range(10)]
+    )
 
 
 def photo_patches(count: int, channels: int, size: int, split: int | None) -> ArraySet:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from oodkern._errors import brief
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 UNKNOWN = -1
 
@@ -129,7 +131,7 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
     except Image.DecompressionBombError as error:
         raise OSError(f"{path}: {error}") from None
     except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG is SyntaxError
-        raise OSError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+        raise OSError(f"{path}: not a readable image ({brief(error)})") from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).reshape(size, size, -1)

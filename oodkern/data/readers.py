@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oodkern._errors import brief
 from oodkern.data.images import UNKNOWN, ArraySet, FolderSet, ImageSet, image_files
 
 Parts = Mapping[str, ImageSet]
@@ -37,7 +38,9 @@ def read_idx(path: Path) -> NDArray:
         except (OSError, EOFError) as error:
             raise DataError(f"{path}: damaged gzip file ({error})") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != 0x08:
-        raise DataError(f"{path}: expected an IDX file of unsigned bytes, which begins 00 00 08, got {content[:4].hex()}")
+        raise DataError(
+            f"{path}: expected an IDX file of unsigned bytes, which begins 00 00 08, got {content[:4].hex()}"
+        )
     rank = content[3]
     start = 4 + 4 * rank
     if len(content) < start:
@@ -105,7 +108,7 @@ def unpickle(path: Path) -> dict[str, Any]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
-        raise DataError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path}: not a readable pickle ({brief(error)})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a dict, got {type(content).__name__}")
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
@@ -115,13 +118,21 @@ def read_cifar(root: Path, kind: int) -> Parts:
     """CIFAR-10 or CIFAR-100 (`kind`): the Python version or else the binary one, in `root` or its usual subfolder."""
     stem = f"cifar-{kind}"
     named = {
-        10: (tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",), "batches.meta", "-batches-py", "-batches-bin"),
+        10: (
+            tuple(f"data_batch_{i}" for i in range(1, 6)),
+            ("test_batch",),
+            "batches.meta",
+            "-batches-py",
+            "-batches-bin",
+        ),
         100: (("train",), ("test",), "meta", "-python", "-binary"),
     }
     train, test, meta, python, binary = named[kind]
     for folder in (root, root / f"{stem}{python}"):
         if (folder / test[0]).is_file():
-            names = [name.decode() for name in unpickle(folder / meta)["label_names" if kind == 10 else "fine_label_names"]]
+            names = [
+                name.decode() for name in unpickle(folder / meta)["label_names" if kind == 10 else "fine_label_names"]
+            ]
             key = "labels" if kind == 10 else "fine_labels"
             return {
                 part: cifar_set([(one["data"], one[key]) for one in (unpickle(folder / file) for file in files)], names)

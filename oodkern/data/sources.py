@@ -60,7 +60,7 @@ class DataConfig:
 
 
 def kind_of(source: str) -> tuple[str, str]:
-    """"KIND", "PATH" of a source. Raises ValueError with the kinds there are."""
+    """ "KIND", "PATH" of a source. Raises ValueError with the kinds there are."""
     kind, colon, path = source.partition(":")
     if source in EMBEDDED or source == "photos":
         return source, ""
@@ -146,7 +146,9 @@ def build_split(data: DataConfig) -> OODSplit:
         ood[name] = other(source, "test")
     outliers, outlier_validation = split.outliers, split.outlier_validation
     if data.outliers:
-        outliers, outlier_validation = hold_out(other(data.outliers, "train"), data.validation, generator_of(data.split, 5))
+        outliers, outlier_validation = hold_out(
+            other(data.outliers, "train"), data.validation, generator_of(data.split, 5)
+        )
     for key, images in (("data.outliers", outliers), ("data.ood", ood)):
         if not len(images):
             raise ValueError(f"{key}: expected a source, or classes held out by data.classes (now {sizes})")
@@ -220,5 +222,3 @@ def check(data: DataConfig) -> None:
                 augmentation(names)
             except ValueError as error:
                 raise ValueError(f"data.{key}: {error}") from None
-
-

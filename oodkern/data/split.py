@@ -40,8 +40,8 @@ class OODSplit:
         ood = ", ".join(f"{len(images):,} {name}" for name, images in self.test_ood.items())
         kind = "labels" if self.multi_label else "classes"
         return (
-            f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation and {len(self.test):,} test "
-            f"images of {len(self.classes)} {kind}; {len(self.outliers):,} outliers to train with and "
+            f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation and {len(self.test):,} "
+            f"test images of {len(self.classes)} {kind}; {len(self.outliers):,} outliers to train with and "
             f"{len(self.outlier_validation):,} to validate; test OOD {ood}"
         )
 
@@ -63,8 +63,8 @@ def split_classes(count: int, sizes: Sequence[int], split: int | None) -> ClassS
     """`count` classes into known, outliers and OOD of the given sizes: in order, or a random split by its number."""
     if len(sizes) != 3 or min(sizes) < 0 or sizes[0] < 2 or sum(sizes) > count:
         raise ValueError(
-            f"data.classes: expected three numbers (two known classes at least, outliers, OOD) whose sum is at most the "
-            f"{count} classes there are, got {list(sizes)}"
+            "data.classes: expected three numbers (two known classes at least, outliers, OOD) whose sum is at most "
+            f"the {count} classes there are, got {list(sizes)}"
         )
     chosen = list(range(count)) if split is None else generator_of(split, 0).permutation(count).tolist()
     first, second, third = np.cumsum(sizes).tolist()

@@ -53,7 +53,9 @@ class Batches(Dataset):
         count = len(self.source)
         positions = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
         epochs = positions // count
-        chosen = [order(self.seed, self.stream, int(e), count)[positions[epochs == e] % count] for e in np.unique(epochs)]
+        chosen = [
+            order(self.seed, self.stream, int(e), count)[positions[epochs == e] % count] for e in np.unique(epochs)
+        ]
         return torch.from_numpy(np.concatenate(chosen))
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
@@ -73,14 +75,16 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def stream(batches: Batches, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def stream(
+    batches: Batches, start: int = 0, workers: int = 0, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches number `start`, `start` + 1, ... for ever, made in `workers` processes, or here where that is 0."""
     if workers == 0:
         return map(batches.__getitem__, itertools.count(start))
     loader = DataLoader(
         batches,
         batch_size=None,  # each item is a batch already
-        sampler=itertools.count(start),  # type: ignore[arg-type]
+        sampler=itertools.count(start),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,

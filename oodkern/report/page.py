@@ -89,15 +89,28 @@ def results(run: Run) -> str:
 def figures(run: Run) -> str:
     score = run.method.score_name
     drawn = (
-        ("Scores", plots.histograms(run), f"Histograms of the {score} score before and after fine-tuning",
-         f"The {score} of the test images. The threshold accepts 95 % of the ID validation images."),
-        ("ROC curves", plots.roc_curves(run), "ROC curves of both models on every OOD set",
-         f"Both models by the {score}: dotted before, solid after fine-tuning."),
-        ("Training", plots.training_curves(run), "Loss and validation curves over the epochs",
-         "The held-out images of the training sets choose best.ckpt and the threshold; the test is looked at once."),
+        (
+            "Scores",
+            plots.histograms(run),
+            f"Histograms of the {score} score before and after fine-tuning",
+            f"The {score} of the test images. The threshold accepts 95 % of the ID validation images.",
+        ),
+        (
+            "ROC curves",
+            plots.roc_curves(run),
+            "ROC curves of both models on every OOD set",
+            f"Both models by the {score}: dotted before, solid after fine-tuning.",
+        ),
+        (
+            "Training",
+            plots.training_curves(run),
+            "Loss and validation curves over the epochs",
+            "The held-out images of the training sets choose best.ckpt and the threshold; the test is looked at once.",
+        ),
     )
     return "\n".join(
-        f"<section><h2>{name}</h2><img class='figure' alt='{escape(alt)}' src='{data_uri(svg.encode(), 'image/svg+xml')}'>"
+        f"<section><h2>{name}</h2>"
+        f"<img class='figure' alt='{escape(alt)}' src='{data_uri(svg.encode(), 'image/svg+xml')}'>"
         f"<p class='note'>{escape(note)}</p></section>"
         for name, svg, alt, note in drawn
     )
@@ -105,9 +118,7 @@ def figures(run: Run) -> str:
 
 def hardest(run: Run) -> str:
     """The OOD images that look most like ID ones, and the ID images that look least like it."""
-    rows = [
-        (f"OOD, {name}", images, run.method.scores[name], False) for name, images in run.split.test_ood.items()
-    ]
+    rows = [(f"OOD, {name}", images, run.method.scores[name], False) for name, images in run.split.test_ood.items()]
     limit = min(len(run.split.outliers), SAMPLE)
     scores = run.score(logits_of(run.model, run.split.outliers, limit=limit))
     chosen = run.split.outliers.select(torch.arange(limit) * len(run.split.outliers) // limit)

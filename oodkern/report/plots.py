@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from oodkern.training import Evaluation, Run
+    from oodkern.training import Run
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. ID, then the OOD sets.
 ID_COLOUR = "#0072b2"
 OOD_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a00")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "oodkern",  # the same figure gives the same bytes
     "font.size": 10.5,
@@ -70,7 +70,7 @@ def histograms(run: Run) -> str:
         for name, values in scores.items():
             axis.hist(
                 np.clip(values, edges[0], edges[-1]),
-                edges,
+                edges.tolist(),
                 weights=np.full(len(values), 100 / len(values)),
                 histtype="stepfilled",
                 alpha=0.45,
@@ -132,7 +132,8 @@ def training_curves(run: Run) -> str:
     figure, axes = new_figure(2)
     not_parts = {"stage", "epoch", "step", "lr", "images_per_second", "gradient_norm", "loss"}
     names = [
-        name for name in dict.fromkeys(name for line in epochs for name in line)
+        name
+        for name in dict.fromkeys(name for line in epochs for name in line)
         if name not in not_parts and not name.startswith("validation_")
     ]
     series: Mapping[str, tuple[Axes, str]] = {
@@ -162,5 +163,3 @@ def training_curves(run: Run) -> str:
     axes[0].set_title("loss and its parts, on the training images")
     axes[1].set_title("on the validation images")
     return as_svg(figure)
-
-

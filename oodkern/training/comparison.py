@@ -13,7 +13,8 @@ from oodkern.config import ConfigError, TrainConfig, load_config
 from oodkern.tables import aligned, percent
 from oodkern.training.evaluation import Evaluation, best_of
 from oodkern.training.folder import environment
-from oodkern.training.trainer import Run, train
+from oodkern.training.run import Run
+from oodkern.training.trainer import train
 
 BASELINE = "ce"
 CONFIDENCE = 0.95
@@ -148,9 +149,9 @@ class Comparison:
             metric = names.get(row["metric"], f"ID {row['metric']}")
             rows.append((row["method"], row["score"] or "", row["ood"] or "", metric, percent(row["mean"]), *shown))
         note = (
-            f"In percent, over {len(self.splits)} split(s) and {len(self.seeds)} seed(s); lower FPR95 is better. Differences\n"
-            f"are paired by split and seed; the interval is Student's over {self.unit}s. ce is judged on each OOD set by\n"
-            "the plain score that serves it better there. An interval that holds 0 shows no difference."
+            f"In percent, over {len(self.splits)} split(s) and {len(self.seeds)} seed(s); lower FPR95 is better.\n"
+            f"Differences are paired by split and seed; the interval is Student's over {self.unit}s. ce is judged on\n"
+            "each OOD set by the plain score that serves it better there. An interval that holds 0 shows no difference."
         )
         return f"{aligned(head, rows, words=(0, 1, 2, 3))}\n\n{note}"
 

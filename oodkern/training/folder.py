@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import oodkern
+from oodkern._errors import brief
 from oodkern.config import ConfigError, TrainConfig, load_config, to_yaml
 from oodkern.training import files
 
@@ -79,7 +80,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = files.load_checkpoint(path)
     except Exception as error:  # a damaged file raises whatever its bytes happen to spell
-        raise ConfigError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{path}: not a readable checkpoint ({brief(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ConfigError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")

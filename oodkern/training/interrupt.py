@@ -10,7 +10,8 @@ from types import FrameType
 class Interrupt:
     """While entered, the first SIGINT sets `asked`, for the loop to stop where its state is whole.
 
-    A second one raises KeyboardInterrupt at once. Outside the main thread, where Python has no signals, nothing changes.
+    A second one raises KeyboardInterrupt at once. Outside the main thread, where Python has no signals, it does
+    nothing.
     """
 
     def __init__(self) -> None:

@@ -137,7 +137,9 @@ class Stage:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            parts = self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
+            parts = (
+                self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
+            )
         except NotFinite as error:
             error.batch = batch
             raise
@@ -192,7 +194,8 @@ class Stage:
         loss = value.item()
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss} at step {self.step + 1} of {self.name}")
-        self.scaler.scale(value).backward()
+        if value.requires_grad:  # of a part that the loss says nothing about it does not
+            self.scaler.scale(value).backward()
         return {"loss": loss} | {name: float(part) for name, part in parts.items()}
 
     def means(self) -> dict[str, float]:
@@ -217,5 +220,3 @@ class Stage:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,37 +17,14 @@ from oodkern.data import ImageSet, OODSplit, build_split
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
 from oodkern.metrics import auroc, threshold_at_recall
-from oodkern.models import build_model
 from oodkern.training import files
-from oodkern.training.evaluation import SAMPLE, Evaluation, best_of, correct, judge, logits_of, logits_of_test
+from oodkern.training.evaluation import SAMPLE, correct, judge, logits_of, logits_of_test
 from oodkern.training.folder import FORMAT, prepare
 from oodkern.training.interrupt import Interrupt
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
+from oodkern.training.run import Run
 from oodkern.training.stage import NotFinite, Stage
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a training run made and found."""
-
-    folder: Path
-    config: TrainConfig
-    split: OODSplit
-    model: Classifier
-    baseline: list[Evaluation]  # of the model before fine-tuning, by each plain score
-    before: Evaluation  # of that model by the method's score
-    method: Evaluation
-    plain: list[Evaluation]  # of the fine-tuned model, by each plain score
-    score: Callable[[Tensor], Tensor]  # the method's, of logits [N, K]
-    threshold: float  # inputs with a score above it are called OOD; accepts 95 % of the ID validation images
-    decided: dict[str, Any]  # by the method, such as margins
-    history: list[dict[str, Any]]  # the lines of metrics.jsonl
-    seconds: float  # of training and evaluation, over all its sessions
-
-    @property
-    def best_baseline(self) -> Evaluation:
-        """By the score with the higher mean AUROC over the OOD sets: chosen on the test, in the baseline's favour."""
-        return best_of(self.baseline)
+from oodkern.training.start import build_classifier, find_device
 
 
 def train(
@@ -92,15 +67,6 @@ def train(
 
         write_report(run)
     return run
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {name}")
-    return device
 
 
 class Trainer:
@@ -196,9 +162,7 @@ class Trainer:
     def end_epoch(self, stage: Stage) -> None:
         lr = stage.optimizer.param_groups[0]["lr"]
         found = self.validate(stage)
-        self.lines.write(
-            stage=stage.name, epoch=stage.epoch, step=stage.step, lr=lr, **stage.means(), **found
-        )
+        self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, lr=lr, **stage.means(), **found)
         if stage.kind == "method" and sum(found.values()) > self.best:
             self.best = sum(found.values())
             self.save_best(stage)
@@ -303,32 +267,6 @@ class Trainer:
             history=files.read_json_lines(config.folder / "metrics.jsonl"),
             seconds=self.seconds,
         )
-
-
-def build_classifier(config: TrainConfig, split: OODSplit) -> Classifier:
-    """The model of a configuration, its images normalised by the training images' mean and deviation."""
-    sample = split.train.images(torch.arange(0, len(split.train), max(len(split.train) // SAMPLE, 1)))
-    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
-    try:
-        model = build_model(config.model, sample.shape[1], len(split.classes))
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from None
-    classifier = Classifier(model, mean=mean.tolist(), std=std.tolist())
-    if config.pretrain.checkpoint:
-        load_weights(classifier, Path(config.pretrain.checkpoint))
-    return classifier
-
-
-def load_weights(classifier: Classifier, path: Path) -> None:
-    """Starts from the baseline of a run's checkpoint, or from a state_dict of the model itself."""
-    try:
-        state = files.load_checkpoint(path)
-        if "format" in state:
-            classifier.load_state_dict(state.get("baseline") or state["model"])
-        else:
-            classifier.model.load_state_dict(state.get("state_dict", state))
-    except Exception as error:  # whatever a damaged or a foreign file raises
-        raise ConfigError(f"pretrain.checkpoint: {path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def shown(parts: dict[str, float], images: int) -> dict[str, str]:

@@ -7,15 +7,20 @@ import pytest
 import torch
 
 from oodkern import energy
-from oodkern.config import load_config
-from oodkern.data import load_digits
+from oodkern.config import ConfigError, load_config
+from oodkern.data import ArraySet, OODSplit
 from oodkern.losses import EnergyLoss
 from oodkern.methods import METHODS, as_score
 from oodkern.methods.energy import EnergyOptions, auto_margins
+from oodkern.metrics import threshold_at_recall
 from oodkern.models import SmallCNN
-from oodkern.training import NotFinite, evaluate, train
-from oodkern.training import trainer as trainer_module
+from oodkern.training import NotFinite, evaluate, files, load_run, train
+from oodkern.training.evaluation import logits_of
 from oodkern.training.files import load_checkpoint
+
+
+def silent(line):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +30,14 @@ def runs(tmp_path_factory):
     for method in METHODS:
         config = load_config(None, [f"method={method}", f"output={folder}"])
         lines = []
-        done[method] = (train(config, log=lines.append), lines)
+        done[method] = (train(config, log=lines.append, report=False), lines)
     return done
 
 
 def test_fine_tuning_finds_the_far_and_keeps_the_accuracy(runs):
     for method in ("oe", "energy"):
         run, _ = runs[method]
-        best = max(one.ood["far"].auroc for one in run.baseline)
+        best = run.best_baseline.ood["far"].auroc
         assert run.method.ood["far"].auroc > max(best, 0.98), method
         assert run.method.accuracy > run.baseline[0].accuracy - 0.01, method
 
@@ -40,84 +45,195 @@ def test_fine_tuning_finds_the_far_and_keeps_the_accuracy(runs):
 def test_baseline_is_the_same_for_every_method(runs):
     accuracies = {method: run.baseline for method, (run, _) in runs.items()}
     first = accuracies.pop("ce")
+    assert [one.score_name for one in first] == ["msp", "energy"]
     for other in accuracies.values():
         assert [one.ood for one in other] == [one.ood for one in first]
+
+
+def test_baseline_is_the_better_of_its_scores(runs):
+    run, _ = runs["energy"]
+    assert {one.score_name for one in run.baseline} == {"msp", "energy"}
+    assert run.best_baseline.mean_auroc == max(one.mean_auroc for one in run.baseline)
+    assert run.baseline[0].mean_auroc != run.baseline[1].mean_auroc
+    assert run.before.ood == next(one for one in run.baseline if one.score_name == "energy").ood
 
 
 def test_run_folder(runs):
     run, lines = runs["energy"]
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "scores.npz"}
-    assert load_config(str(run.folder / "config.yaml")).method == "energy"
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "best.ckpt", "scores.npz"}
+    assert load_config(str(run.folder / "config.yaml")) == run.config
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in records if r["stage"] == "energy" and "epoch" in r] == list(range(1, 11))
-    assert {"ce", "energy_in", "energy_out"} <= records[-5].keys()
+    assert records == run.history
+    epochs = [r for r in records if r["stage"] == "energy" and "epoch" in r]
+    assert [r["epoch"] for r in epochs] == list(range(1, 11))
+    assert {"loss", "ce", "energy_in", "energy_out", "lr", "images_per_second", "gradient_norm"} <= epochs[0].keys()
+    assert epochs[-1]["loss"] == pytest.approx(
+        epochs[-1]["ce"] + 0.1 * (epochs[-1]["energy_in"] + epochs[-1]["energy_out"]), rel=1e-4
+    )
+    assert epochs[-1]["validation_auroc"] > 0.9
     decided = next(r for r in records if r["stage"] == "decided")
     assert decided["margin_in"] < decided["margin_out"]
     assert 0.2 < decided["id_inside"] < 0.3
     assert any("margins (auto)" in line for line in lines)
+    results = [(r["model"], r["score"]) for r in records if r["stage"] == "result"]
+    assert set(results) == {(m, s) for m in ("baseline", "energy") for s in ("msp", "energy")}
     scores = np.load(run.folder / "scores.npz")
-    assert {name: len(scores[name]) for name in scores} == {"id": 325, "near": 354, "far": 360}
+    lengths = {"id": 325, "near": 354, "far": 360}
+    assert {name: len(scores[name]) for name in scores} == lengths | {f"baseline/{n}": c for n, c in lengths.items()}
 
 
 def test_checkpoint_gives_the_scores_again(runs):
     run, _ = runs["energy"]
-    model = SmallCNN(1, 6, 32)
-    model.load_state_dict(load_checkpoint(run.folder / "last.ckpt")["model"])
-    again = evaluate(model, run.split, "energy", energy)
+    detector = load_run(run.folder)
+    again = evaluate(detector.model, run.split, "energy", energy)
     assert again.ood == run.method.ood
     torch.testing.assert_close(again.scores["near"].numpy(), np.load(run.folder / "scores.npz")["near"], rtol=0, atol=0)
 
 
-def test_repeats_bit_for_bit(tmp_path):
+def test_best_checkpoint_is_the_epoch_that_validated_best(runs):
+    run, _ = runs["oe"]
+    detector = load_run(run.folder, "best")
+    epochs = [r for r in run.history if r["stage"] == "oe" and "epoch" in r]
+    values = [r["validation_accuracy"] + r["validation_auroc"] for r in epochs]
+    assert detector.epoch == 1 + values.index(max(values))
+    found = evaluate(detector.model, run.split, "msp", lambda z: as_score("msp", z))
+    assert (found.ood == run.method.ood) == (detector.epoch == 10)
+
+
+def test_threshold_accepts_95_percent_of_the_validation_images(runs):
+    run, _ = runs["energy"]
+    scores = energy(logits_of(run.model, run.split.validation))
+    assert run.threshold == threshold_at_recall(scores) == load_run(run.folder).threshold
+    assert 0.95 <= float((scores <= run.threshold).float().mean()) < 0.97
+
+
+def test_repeats_bit_for_bit_and_needs_no_report(short):
     results = []
     for name in ("a", "b"):
-        config = load_config(None, [f"output={tmp_path}", f"name={name}", "epochs=2", "pretrain.epochs=2"])
-        run = train(config, log=lambda line: None)
+        run = train(short(f"name={name}", "model.dropout=0.2"), log=silent, report=False)
         results.append(load_checkpoint(run.folder / "last.ckpt")["model"])
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    other = train(short("name=c", "model.dropout=0.2", "seed=1"), log=silent, report=False)
+    state = other.model.state_dict()
+    assert not torch.equal(state["model.fc.weight"], results[0]["model.fc.weight"])
 
 
-def test_not_finite_stops_and_saves_the_batch(tmp_path, monkeypatch):
+def test_multi_label(short):
+    run = train(short("data.name=digits-multilabel", "model.width=8"), log=silent, report=False)
+    assert [one.score_name for one in run.baseline] == ["max_logit", "joint_energy"]
+    assert run.method.score_name == "joint_energy"
+    assert {"bce", "energy_in"} <= next(r for r in run.history if r["stage"] == "energy" and "epoch" in r).keys()
+    logits = logits_of(run.model, run.split.test)
+    from sklearn.metrics import average_precision_score
+
+    expected = average_precision_score(run.split.test.labels.numpy(), logits.numpy(), average="macro")
+    assert run.method.accuracy == pytest.approx(expected)
+    prediction = load_run(run.folder).predict(run.split.test.images(torch.arange(5)))
+    assert torch.equal(prediction.label, logits[:5] > 0)
+
+
+def test_images_of_your_own(short):
+    generator = torch.Generator().manual_seed(0)
+
+    def part(count, level, labelled):
+        images = (torch.rand(count, 1, 8, 8, generator=generator) / 2 + level).clamp(0, 1)
+        labels = torch.arange(count) % 2 if labelled else torch.full((count,), -1)
+        images[labels == 1, :, :4] = 0
+        return ArraySet(images, labels, ("whole", "half"))
+
+    split = OODSplit(
+        "mine", part(200, 0.3, True), part(40, 0.3, True), part(40, 0.3, True), part(100, 0.0, False), part(20, 0.0, False),
+        {"dark": part(50, 0.0, False)}, ("whole", "half"),
+    )  # fmt: skip
+    run = train(short(), log=silent, report=False, split=split)
+    assert run.method.accuracy > 0.9
+    assert set(run.method.ood) == {"dark"}
+
+
+def test_not_finite_stops_and_saves_the_batch(short, monkeypatch):
     class Diverging(EnergyLoss):
         def forward(self, *arguments, **options):
             value, parts = super().forward(*arguments, **options)
             return value * torch.nan, parts
 
-    monkeypatch.setattr(METHODS["energy"], "make_loss", lambda self, **decided: Diverging(**decided))
-    config = load_config(None, [f"output={tmp_path}", "pretrain.epochs=1"])
+    monkeypatch.setattr(METHODS["energy"], "build_loss", lambda self, decided: Diverging())
+    config = short()
     with pytest.raises(NotFinite, match=r"the loss is nan at step 1 of energy; the batch is in .*not_finite\.pt"):
-        train(config, log=lambda line: None)
+        train(config, log=silent)
     saved = load_checkpoint(config.folder / "not_finite.pt")
-    assert saved["images"].shape == (192, 1, 8, 8)
-    assert (saved["target"] < 0).sum() == 128
+    assert saved["images"].shape == (64, 1, 8, 8)
+    assert saved["outliers"].shape == (128, 1, 8, 8)
+    assert saved["target"].shape == (64,)
+    state = load_checkpoint(config.folder / "last.ckpt")
+    assert state["training"]["step"] == 0, "the model before the step is kept"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_ruins_the_model(short, monkeypatch):
+    class Rooted(EnergyLoss):
+        def forward(self, *arguments, **options):
+            value, parts = super().forward(*arguments, **options)
+            return value + (value - value.detach()).sqrt(), parts  # 0, with an infinite slope
+
+    monkeypatch.setattr(METHODS["energy"], "build_loss", lambda self, decided: Rooted())
+    config = short()
+    with pytest.raises(NotFinite, match=r"the gradient's norm is (nan|inf) at step 1 of energy; the batch is in"):
+        train(config, log=silent)
+    state = load_checkpoint(config.folder / "last.ckpt")["model"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_nothing_is_overwritten_unasked(short):
+    config = short("name=r")
+    train(config, log=silent, report=False)
+    before = (config.folder / "last.ckpt").read_bytes()
+    with pytest.raises(ConfigError, match=r"r holds a run \(epoch 2 of energy\): --resume goes on .* --overwrite"):
+        train(config, log=silent, report=False)
+    assert (config.folder / "last.ckpt").read_bytes() == before
+    (config.folder / "report.html").write_text("of before")
+    train(short("name=r", "seed=1", "epochs=1"), log=silent, report=False, overwrite=True)
+    assert not (config.folder / "report.html").exists()
+    assert load_run(config.folder).config.seed == 1
 
 
 def test_no_half_written_file(tmp_path, monkeypatch):
     """A write that dies leaves the file of before."""
     target = tmp_path / "last.ckpt"
-    trainer_module.files.save_checkpoint(target, {"model": torch.ones(3)})
-    monkeypatch.setattr(trainer_module.files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    files.save_checkpoint(target, {"model": torch.ones(3)})
+    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
-        trainer_module.files.save_checkpoint(target, {"model": torch.zeros(3)})
+        files.save_checkpoint(target, {"model": torch.zeros(3)})
     assert torch.equal(load_checkpoint(target)["model"], torch.ones(3))
 
 
-def test_evaluation_restores_the_mode():
-    model, split = SmallCNN(1, 6, 4), load_digits(0)
+def test_checkpoints_hold_no_programs(tmp_path):
+    torch.save({"format": 1, "model": print}, tmp_path / "last.ckpt")
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        load_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_evaluation_restores_the_mode(digits):
+    model = SmallCNN(1, 6, 4)
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate(model, split, "energy", energy)
+    evaluate(model, digits, "energy", energy)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_sample_of_the_logits_is_evenly_spaced(digits):
+    model = SmallCNN(1, 6, 4).eval()
+    everything = logits_of(model, digits.train)
+    torch.testing.assert_close(logits_of(model, digits.train, limit=7), everything[torch.arange(7) * 644 // 7])
+
+
 def test_scores_are_larger_for_ood():
     sure, unsure = torch.tensor([[12.0, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 0.2]])
-    for name in ("energy", "msp"):
+    for name in ("energy", "msp", "joint_energy", "max_logit"):
         assert as_score(name, sure) < as_score(name, unsure)
     torch.testing.assert_close(as_score("msp", unsure), -unsure.softmax(-1).amax(-1))
-    with pytest.raises(ValueError, match="expected 'energy' or 'msp'"):
+    torch.testing.assert_close(as_score("joint_energy", unsure), -torch.nn.functional.softplus(unsure).sum(-1))
+    with pytest.raises(ValueError, match="expected one of energy, msp, joint_energy, max_logit"):
         as_score("entropy", sure)
 
 
@@ -135,7 +251,8 @@ def test_the_temperature_reaches_margins_and_score():
     """Margins that are quantiles of other energies than the loss's would hold for none of them."""
     method = METHODS["energy"](EnergyOptions(temperature=4.0))
     ids, outliers = torch.randn(400, 6) * 4, torch.randn(300, 6)
-    loss, decided = method.build_loss(ids, outliers)
+    decided = method.decide(ids, outliers)
+    loss = method.build_loss(decided)
     assert loss.temperature == 4.0
     assert decided["id_inside"] == pytest.approx(0.25, abs=0.01)
     assert decided["outliers_inside"] == pytest.approx(0.25, abs=0.01)
@@ -143,13 +260,3 @@ def test_the_temperature_reaches_margins_and_score():
     hinge = (energy(ids, 4.0) - decided["margin_in"]).relu().square().mean()
     torch.testing.assert_close(parts["energy_in"], hinge)
     torch.testing.assert_close(method.score(ids), energy(ids, 4.0))
-
-
-def test_small_cnn():
-    model = SmallCNN(3, 5, width=6)
-    images = torch.randn(2, 3, 11, 9)
-    assert model(images).shape == (2, 5)
-    assert model.features(images).shape == (2, 12)
-    torch.testing.assert_close(model.fc(model.features(images)), model(images))
-    with pytest.raises(ValueError, match="num_classes: expected a positive integer, got 0"):
-        SmallCNN(num_classes=0)
