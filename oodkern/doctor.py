@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -11,6 +12,7 @@ import oodkern
 from oodkern import _native
 from oodkern.backends import KERNELS, arch_of, available_backends, choose_backend
 
+NEEDED = ("numpy", "scikit-learn", "scipy", "omegaconf", "tqdm", "matplotlib", "pillow")
 EXTRAS = {
     "vision": ("torchvision", "timm", "webdataset"),
     "bench": ("pytest_benchmark", "liger_kernel"),
@@ -22,6 +24,7 @@ def report() -> str:
     lines = [f"oodkern {oodkern.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}", ""]
     lines += ["native code", *indent(native_code()), ""]
     lines += ["who computes", *indent(backends()), ""]
+    lines += ["needed by the trainer", *indent(needed()), ""]
     lines += ["extras", *indent(extras())]
     return "\n".join(lines)
 
@@ -67,6 +70,19 @@ def backends() -> list[str]:
             lines.append(f"{room} on {arch}{name}: {chosen}")
     if len(devices) == 1:
         lines.append("no CUDA device" if torch.version.cuda else "no CUDA device: this PyTorch is CPU-only")
+    return lines
+
+
+def needed() -> list[str]:
+    found, missing = [], []
+    for name in NEEDED:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    lines = [", ".join(found)]
+    if missing:
+        lines.append(f"missing {', '.join(missing)}: pip install {' '.join(missing)}")
     return lines
 
 

@@ -14,6 +14,7 @@ from oodkern import tables
 from oodkern.config import ConfigError, load_config, to_yaml
 from oodkern.data import build_split
 from oodkern.data.images import image_files
+from oodkern.data.sources import with_more_ood
 from oodkern.training import Detector, load_run
 from oodkern.training import evaluate as judge
 from oodkern.training import train as run_training
@@ -56,9 +57,17 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
     for override in options.words:
         if not override.startswith("data."):
             raise ConfigError(f"{override}: expected data.KEY=VALUE; the rest is the run's own")
-    config = load_config(str(Path(options.run) / "config.yaml"), options.words)
+    # More OOD sets are added to the run's, after its classes were split as the run split them.
+    path = str(Path(options.run) / "config.yaml")
+    load_config(path, options.words)  # with its checks
+    own = [word for word in options.words if not word.startswith("data.ood.")]
+    config = load_config(path, own)
+    more = {
+        key.removeprefix("data.ood."): source
+        for key, _, source in (word.partition("=") for word in options.words if word not in own)
+    }
     try:
-        split = build_split(config.data)
+        split = with_more_ood(build_split(config.data), more, config.data.split)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if split.classes != detector.classes or split.train.shape != detector.shape:

@@ -47,7 +47,9 @@ class DataConfig:
 
     name: str = "digits"  # the labelled ID set: digits, digits-multilabel or a source
     outliers: str = ""  # the source to train with; empty: held-out classes of the ID set
-    ood: dict[str, str] = field(default_factory=dict)  # of the test, name: source; empty: held-out classes, as near
+    ood: dict[str, str] = field(
+        default_factory=dict
+    )  # of the test, name: source; without any: held-out classes, as near
     classes: list[int] = field(default_factory=list)  # how many known, outlier and OOD classes; empty: as 6, 2, 2
     split: int | None = None  # number of a random split of the classes and the images; null: the fixed one
     validation: float = 0.15  # share of the training images, and of the outliers
@@ -109,7 +111,8 @@ def class_sizes(data: DataConfig, count: int) -> list[int]:
     if data.classes:
         return list(data.classes)
     held = max(round(0.2 * count), 1)
-    outliers, ood = 0 if data.outliers else held, 0 if data.ood else held
+    # Sets from disk hold classes out for what no source is given for; the embedded ones always for the test.
+    outliers, ood = 0 if data.outliers else held, 0 if data.ood and data.name not in EMBEDDED else held
     return [count - outliers - ood, outliers, ood]
 
 
@@ -140,9 +143,8 @@ def build_split(data: DataConfig) -> OODSplit:
     if kind == "digits-multilabel":
         split = as_canvases(split, data.split)
         size, ood = split.train.shape[1], dict(split.test_ood)
-    if kind in EMBEDDED and not data.ood:
-        ood["far"] = other("photos", "test")
-    for name, source in data.ood.items():
+    far = {"far": "photos"} if kind in EMBEDDED else {}
+    for name, source in {**far, **data.ood}.items():
         ood[name] = other(source, "test")
     outliers, outlier_validation = split.outliers, split.outlier_validation
     if data.outliers:
@@ -165,6 +167,16 @@ def build_split(data: DataConfig) -> OODSplit:
     if dropped and not (len(split.outliers) and len(split.outlier_validation)):
         raise DataError(f"{data.outliers or data.name}: every outlier is an ID image or an image of the test")
     return split
+
+
+def with_more_ood(split: OODSplit, sources: Mapping[str, str], number: int | None) -> OODSplit:
+    """The split with further OOD sets, name: source, in the shape of its images."""
+    channels, size, _ = split.train.shape
+    more = {}
+    for name, source in sources.items():
+        images = part_of(open_source(source, channels, size, number), "test").as_outliers()
+        more[name] = conform(images, channels, size)
+    return without_shared_images(replace(split, test_ood={**split.test_ood, **more}))[0]
 
 
 def split_images(data: DataConfig, parts: Parts, chosen: ClassSplit) -> OODSplit:

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG."""
+"""The figures of a report: pairs of panels, each an SVG, that a page puts side by side or one below the other."""
 
 from __future__ import annotations
 
@@ -34,25 +34,29 @@ STYLE: Any = {
     "xtick.color": "#555",
     "ytick.color": "#555",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e8e8e8",
     "legend.frameon": False,
     "figure.facecolor": "white",
 }
 
 
-def new_figure(columns: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def panels(height: float = 3.3) -> tuple[list[Figure], list[Axes]]:
+    """Two empty figures, and the axes of each."""
     # Without pyplot, which keeps figures alive and chooses a backend for the process.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+    figures = [Figure(figsize=(5.2, height), layout="constrained") for _ in range(2)]
+    return figures, [figure.subplots() for figure in figures]
 
 
-def as_svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+def as_svg(figures: list[Figure]) -> list[str]:
+    drawn = []
+    for figure in figures:
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        drawn.append(buffer.getvalue())
+    return drawn
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:
@@ -60,9 +64,9 @@ def coloured(names: Iterable[str]) -> dict[str, str]:
     return {name: OOD_COLOURS[i % len(OOD_COLOURS)] for i, name in enumerate(names)}
 
 
-def histograms(run: Run) -> str:
+def histograms(run: Run) -> list[str]:
     """The method's score on ID and OOD test images, before and after fine-tuning."""
-    figure, axes = new_figure(2)
+    figures, axes = panels()
     for axis, one, when in zip(axes, (run.before, run.method), ("before", "after"), strict=True):
         scores = {name: to_numpy(values) for name, values in one.scores.items()}
         edges = bin_edges(np.concatenate(list(scores.values())))
@@ -73,19 +77,18 @@ def histograms(run: Run) -> str:
                 edges.tolist(),
                 weights=np.full(len(values), 100 / len(values)),
                 histtype="stepfilled",
-                alpha=0.45,
-                color=colours[name],
+                facecolor=(colours[name], 0.4),
                 edgecolor=colours[name],
-                linewidth=1.2,
+                linewidth=1.4,
                 label="ID" if name == "id" else name,
             )
         if when == "after":
             axis.axvline(run.threshold, color="#333", linestyle="--", linewidth=1.2, label="threshold")
         axis.set_title(f"{when} fine-tuning")
         axis.set_xlabel(f"{one.score_name} (larger = more OOD)")
+        axis.set_ylabel("percent of the set's images")
         axis.legend()
-    axes[0].set_ylabel("percent of the set's images")
-    return as_svg(figure)
+    return as_svg(figures)
 
 
 def bin_edges(values: NDArray, bins: int = 50) -> NDArray:
@@ -102,9 +105,9 @@ def roc_points(id_scores: Any, ood_scores: Any) -> tuple[NDArray, NDArray]:
     return np.append(0, flagged) / flagged[-1], np.append(0, found) / found[-1]
 
 
-def roc_curves(run: Run) -> str:
+def roc_curves(run: Run) -> list[str]:
     """Both models on every OOD set; beside it the corner that decides, on a logarithmic axis."""
-    figure, axes = new_figure(2, 4.2)
+    figures, axes = panels(4.0)
     colours = coloured(run.method.ood)
     smallest = 0.5 / len(run.method.scores["id"])
     for one, style, model in ((run.before, ":", "before"), (run.method, "-", "after")):
@@ -116,20 +119,21 @@ def roc_curves(run: Run) -> str:
     for axis in axes:
         axis.axhline(0.95, color="#999", linewidth=0.8)
         axis.set_xlabel("ID images flagged (false positives)")
+        axis.set_ylabel("OOD images detected")
         axis.set_ylim(-0.02, 1.02)
-    axes[0].set_ylabel("OOD images detected")
     axes[0].legend(loc="lower right")
     axes[1].set_xscale("log")
-    axes[1].set_title("the same, first percents stretched; line at 95 %")
-    return as_svg(figure)
+    axes[0].set_title("the whole curve")
+    axes[1].set_title("the first percents, stretched")
+    return as_svg(figures)
 
 
-def training_curves(run: Run) -> str:
+def training_curves(run: Run) -> list[str]:
     """Loss parts by epoch, and what the held-out training images say."""
     epochs = [line for line in run.history if "epoch" in line]
     stages = {"pretrain": "pretraining", run.config.method: f"{run.config.method} fine-tuning"}
     offset = max((line["epoch"] for line in epochs if line["stage"] == "pretrain"), default=0)
-    figure, axes = new_figure(2)
+    figures, axes = panels()
     not_parts = {"stage", "epoch", "step", "lr", "images_per_second", "gradient_norm", "loss"}
     names = [
         name
@@ -162,4 +166,4 @@ def training_curves(run: Run) -> str:
         axes[0].set_yscale("log")
     axes[0].set_title("loss and its parts, on the training images")
     axes[1].set_title("on the validation images")
-    return as_svg(figure)
+    return as_svg(figures)

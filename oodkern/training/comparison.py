@@ -198,7 +198,7 @@ def compare(
 
 
 def options(method: str, seed: int, split: int | None) -> list[str]:
-    return [f"method={method}", f"seed={seed}", f"data.split={'null' if split is None else split}", "name="]
+    return [f"method={method}", f"seed={seed}", f"data.split={'null' if split is None else split}", "name=''"]
 
 
 def describe(run: Run, config: TrainConfig) -> str:

@@ -123,7 +123,7 @@ def test_cifar100(tmp_path):
     parts = read_cifar(tmp_path / "b", 100)
     check_cifar(parts["train"], *train)
     check_cifar(parts["test"], *test)
-    with pytest.raises(DataError, match="expected cifar-100 as test .* found neither"):
+    with pytest.raises(DataError, match=r"expected cifar-100 as test .* found neither"):
         read_cifar(tmp_path, 100)
 
 

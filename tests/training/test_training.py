@@ -143,9 +143,15 @@ def test_images_of_your_own(short):
         return ArraySet(images, labels, ("whole", "half"))
 
     split = OODSplit(
-        "mine", part(200, 0.3, True), part(40, 0.3, True), part(40, 0.3, True), part(100, 0.0, False), part(20, 0.0, False),
-        {"dark": part(50, 0.0, False)}, ("whole", "half"),
-    )  # fmt: skip
+        "mine",
+        train=part(200, 0.3, True),
+        validation=part(40, 0.3, True),
+        test=part(40, 0.3, True),
+        outliers=part(100, 0.0, False),
+        outlier_validation=part(20, 0.0, False),
+        test_ood={"dark": part(50, 0.0, False)},
+        classes=("whole", "half"),
+    )
     run = train(short(), log=silent, report=False, split=split)
     assert run.method.accuracy > 0.9
     assert set(run.method.ood) == {"dark"}
@@ -208,7 +214,7 @@ def test_no_half_written_file(tmp_path, monkeypatch):
 
 def test_checkpoints_hold_no_programs(tmp_path):
     torch.save({"format": 1, "model": print}, tmp_path / "last.ckpt")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"Weights only|weights_only"):
         load_checkpoint(tmp_path / "last.ckpt")
 
 
