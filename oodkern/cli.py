@@ -151,15 +151,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report())
         return EXIT_OK
 
-    from oodkern import verbs
-    from oodkern.config import ConfigError
-    from oodkern.data import DataError
-    from oodkern.training.stage import NotFinite
-
     def failed(error: object, code: int) -> int:
         print(f"oodkern {options.verb}: {error}", file=sys.stderr)
         return code
 
+    try:  # Ctrl-C may come while the imports, which take seconds, are under way
+        from oodkern import verbs
+        from oodkern.config import ConfigError
+        from oodkern.data import DataError
+        from oodkern.training.stage import NotFinite
+    except KeyboardInterrupt:
+        return failed("interrupted", EXIT_INTERRUPTED)
     try:
         return getattr(verbs, options.verb)(options, ["oodkern", *arguments])
     except (ConfigError, DataError) as error:

@@ -12,7 +12,7 @@ import torch
 
 from oodkern import tables
 from oodkern.config import ConfigError, load_config, to_yaml
-from oodkern.data import build_split
+from oodkern.data import DataError, build_split
 from oodkern.data.images import image_files
 from oodkern.data.sources import with_more_ood
 from oodkern.training import Detector, load_run
@@ -122,7 +122,7 @@ def score(options: argparse.Namespace, command: list[str]) -> int:
             try:
                 images.append(detector.read(path))
                 batch.append(path)
-            except OSError as error:
+            except DataError as error:
                 print(f"oodkern score: {error}", file=sys.stderr)
                 unreadable += 1
         if images:

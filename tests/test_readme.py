@@ -1,11 +1,14 @@
 """What the README shows is what happens."""
 
+import json
 import re
 
 import pytest
 import torch
+import yaml
 
 from oodkern.cli import main
+from oodkern.training.comparison import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +22,16 @@ def blocks(text, language):
 
 def test_python_blocks_run(readme):
     found = blocks(readme, "python")
-    assert len(found) == 2
+    assert len(found) == 3
     names: dict = {}
     exec(found[0], names)
     assert (names["energy"].shape, names["energy"].dtype) == ((256,), torch.float32)
     assert names["gradient"].dtype == torch.bfloat16
     exec(found[1], names)
     assert set(names["parts"]) == {"ce", "energy_in", "energy_out"}
+    exec(found[2], names)
+    assert (names["logits"].shape, names["features"].shape) == ((2, 10), (2, 128))
+    torch.testing.assert_close(names["classifier"].head(names["features"]), names["logits"])
 
 
 def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
@@ -34,10 +40,33 @@ def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line.split("#")[0].split() for block in blocks(readme, "sh") for line in block.splitlines()]
     trains = [line[2:] for line in lines if line[:2] == ["oodkern", "train"] and "--help" not in line]
-    assert len(trains) == 2
+    assert len(trains) == 4
     for arguments in trains:
         assert main(["train", "--show", *arguments]) == 0
-        assert "method: oe" in capsys.readouterr().out
+        resolved = yaml.safe_load(capsys.readouterr().out)
+        for key, value in (word.split("=", 1) for word in arguments if "=" in word):
+            found = resolved
+            for name in key.split("."):
+                found = found[name]
+            assert str(found) == value
+
+
+def test_the_comparison_is_the_stored_one(readme, root):
+    """Its table is made of the stored numbers, and they by the command above it."""
+    command = next(line for line in readme.splitlines() if line.startswith("oodkern compare"))
+    call, path = command.split(" > ")
+    stored = json.loads((root / path).read_text())
+    assert stored["command"] == call
+    found = Comparison(stored["methods"], stored["splits"], stored["seeds"], stored["runs"])
+    assert found.summary() == stored["summary"]
+    assert f"```\n{found.table()}\n```" in readme
+
+
+def test_verbs_that_are_named_exist(readme):
+    for verb in set(re.findall(r"`oodkern (\w+)", readme)):
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, "--help"])
+        assert stopped.value.code == 0
 
 
 def test_files_that_are_named_exist(readme, root):

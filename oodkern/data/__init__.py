@@ -1,8 +1,7 @@
 """Data sets with the parts that training with auxiliary outliers needs, and the streams that training reads."""
 
 from oodkern.data.augment import AUGMENTATIONS, Augmentation, augmentation, random_numbers
-from oodkern.data.images import ArraySet, FolderSet, ImageSet, SampleSet, read_image
-from oodkern.data.readers import DataError
+from oodkern.data.images import ArraySet, DataError, FolderSet, ImageSet, SampleSet, read_image
 from oodkern.data.sources import DataConfig, build_split, open_source
 from oodkern.data.split import OODSplit
 from oodkern.data.stream import Batches, stream

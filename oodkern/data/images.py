@@ -17,6 +17,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 UNKNOWN = -1
 
 
+class DataError(Exception):
+    """What is wrong with a data set on disk, in one line that names the file."""
+
+
 class ImageSet(Dataset):
     """Images that are read batch by batch; `dataset[i]` is `(image [C, H, W] float32 in [0, 1], label)`.
 
@@ -122,16 +126,16 @@ class SampleSet(ImageSet):
 
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """An image file as [channels, size, size] float32 in [0, 1]. Raises OSError with the path where it is none."""
+    """An image file as [channels, size, size] float32 in [0, 1]. Raises DataError with the path where it is none."""
     from PIL import Image
 
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
     except Image.DecompressionBombError as error:
-        raise OSError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {error}") from None
     except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG is SyntaxError
-        raise OSError(f"{path}: not a readable image ({brief(error)})") from None
+        raise DataError(f"{path}: not a readable image ({brief(error)})") from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).reshape(size, size, -1)

@@ -20,13 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from oodkern._errors import brief
-from oodkern.data.images import UNKNOWN, ArraySet, FolderSet, ImageSet, image_files
+from oodkern.data.images import UNKNOWN, ArraySet, DataError, FolderSet, ImageSet, image_files
 
 Parts = Mapping[str, ImageSet]
-
-
-class DataError(Exception):
-    """What is wrong with a data set on disk, in one line that names the file."""
 
 
 def read_idx(path: Path) -> NDArray:

@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from oodkern.data.augment import augmentation
 from oodkern.data.embedded import FAR_PATCHES, as_canvases, photo_patches, read_digits
-from oodkern.data.images import ArraySet, ImageSet
-from oodkern.data.readers import DataError, Parts, read_cifar, read_folder, read_idx_folder
+from oodkern.data.images import ArraySet, DataError, ImageSet
+from oodkern.data.readers import Parts, read_cifar, read_folder, read_idx_folder
 from oodkern.data.split import (
     ClassSplit,
     OODSplit,
@@ -182,6 +182,8 @@ def with_more_ood(split: OODSplit, sources: Mapping[str, str], number: int | Non
 def split_images(data: DataConfig, parts: Parts, chosen: ClassSplit) -> OODSplit:
     """The ID, outlier and near OOD images of one labelled set."""
     known = of_classes(part_of(parts, "train"), chosen.known)
+    if len(known) < 2 * len(chosen.known):
+        raise DataError(f"{data.name}: expected two images of each class at least, to train and to validate with")
     if "test" in parts:
         training, test = known, of_classes(parts["test"], chosen.known)
     else:

@@ -84,12 +84,12 @@ def of_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
 
 
 def hold_out(images: ImageSet, share: float, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:
-    """Two parts, the second with `share` of each class (rounded, one at least): no image is in both."""
+    """Two parts, the second with `share` of each class: rounded, one image at least where the class has two."""
     labels = images.labels.numpy() if images.labels.dim() == 1 else np.zeros(len(images), dtype=np.int64)
     held = np.zeros(len(images), dtype=bool)
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        held[members[: max(round(share * len(members)), 1)]] = True
+        held[members[: min(max(round(share * len(members)), 1), len(members) - 1)]] = True
     return images.select(torch.from_numpy(np.flatnonzero(~held))), images.select(torch.from_numpy(np.flatnonzero(held)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oodkern.data.augment import Augmentation, random_numbers
-from oodkern.data.images import ImageSet
+from oodkern.data.images import DataError, ImageSet
 
 
 @functools.lru_cache(maxsize=8)
@@ -91,4 +91,12 @@ def stream(
         # Its own generator: a loader would draw a seed from the global one, and resuming would draw once more.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return relayed(loader)
+
+
+def relayed(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """A worker's error comes with the worker's traceback as its message; its last line is what the error said."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None

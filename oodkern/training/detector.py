@@ -63,7 +63,7 @@ class Detector:
         return self.classes[label]
 
     def read(self, path: Path) -> Tensor:
-        """[C, H, W] of an image file. Raises OSError with its path where it is none."""
+        """[C, H, W] of an image file. Raises DataError with its path where it is none."""
         channels, height, _ = self.shape
         return read_image(path, channels, height)
 

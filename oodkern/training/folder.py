@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.write_text(folder / "config.yaml", to_yaml(config))
     files.write_json(folder / "environment.json", environment())
     return state

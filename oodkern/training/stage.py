@@ -78,6 +78,7 @@ class Stage:
         self.epochs = config.epochs if kind == "method" else config.pretrain.epochs
         self.steps_per_epoch = max(len(split.train) // options.batch_size, 1)
         self.steps = self.epochs * self.steps_per_epoch
+        self.steps_before = config.pretrain.epochs * self.steps_per_epoch if kind == "method" else 0
         numbers = STREAMS[kind]
         self.id_batches = self._batches(split.train, options.batch_size, numbers[0], split.augmentation)
         self.outlier_batches = None

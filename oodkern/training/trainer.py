@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from oodkern.losses import ClassificationLoss
 from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
 from oodkern.metrics import auroc, threshold_at_recall
 from oodkern.training import files
+from oodkern.training.board import Board
 from oodkern.training.evaluation import SAMPLE, correct, judge, logits_of, logits_of_test
 from oodkern.training.folder import FORMAT, prepare
 from oodkern.training.interrupt import Interrupt
@@ -83,6 +85,7 @@ class Trainer:
     ) -> None:
         self.config, self.split, self.device, self.lines = config, split, device, lines
         self.log, self.progress = log, progress
+        self.board = Board(config.folder / "tensorboard")
         self.method: Method = METHODS[config.method](config.loss, split.multi_label)
         self.started, self.seconds_before = time.perf_counter(), 0.0
         self.decided: dict[str, Any] = {}
@@ -113,6 +116,7 @@ class Trainer:
             self.log(self.method.describe(self.decided))
         loss = self.method.build_loss(self.decided).to(self.device)
         self.train_stage("method", model, loss, self.method.uses_outliers, state)
+        self.board.close()
         return self.judge(model)
 
     def train_stage(
@@ -133,6 +137,7 @@ class Trainer:
             self.validate(stage)
             self.save_best(stage)
             self.save(stage)
+        self.board.begin(stage.steps_before + stage.step + 1)
         every = self.config.checkpoint_steps
         bar = tqdm(
             total=stage.steps,
@@ -149,7 +154,7 @@ class Trainer:
                     parts = stage.advance()
                 except NotFinite as error:
                     raise self.keep_batch(error) from None
-                bar.set_postfix(shown(parts, stage.images_per_step), refresh=False)
+                bar.set_postfix(shown(parts, stage), refresh=False)
                 bar.update()
                 if stage.at_epoch_end:
                     self.end_epoch(stage)
@@ -160,9 +165,10 @@ class Trainer:
         stage.close()
 
     def end_epoch(self, stage: Stage) -> None:
-        lr = stage.optimizer.param_groups[0]["lr"]
         found = self.validate(stage)
-        self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, lr=lr, **stage.means(), **found)
+        values = {"lr": stage.optimizer.param_groups[0]["lr"], **stage.means(), **found}
+        self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, **values)
+        self.board.write(stage.name, stage.steps_before + stage.step, values)
         if stage.kind == "method" and sum(found.values()) > self.best:
             self.best = sum(found.values())
             self.save_best(stage)
@@ -269,8 +275,16 @@ class Trainer:
         )
 
 
-def shown(parts: dict[str, float], images: int) -> dict[str, str]:
-    """The loss, its parts, and images per second, for the progress bar."""
+def shown(parts: dict[str, float], stage: Stage) -> dict[str, str]:
+    """The loss, its parts, images per second and peak memory, for the progress bar."""
     hidden = ("seconds", "gradient_norm")
-    rate = images / max(parts["seconds"], 1e-9)
-    return {name: f"{value:.3g}" for name, value in parts.items() if name not in hidden} | {"images/s": f"{rate:,.0f}"}
+    rate = stage.images_per_step / max(parts["seconds"], 1e-9)
+    rest = {"images/s": f"{rate:,.0f}", "memory": f"{peak_memory(stage.device) / 2**30:.1f}GiB"}
+    return {name: f"{value:.3g}" for name, value in parts.items() if name not in hidden} | rest
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what PyTorch's allocator has held at most on a GPU, and the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux

@@ -173,7 +173,7 @@ def test_a_folder_without_parts_or_classes(tmp_path):
 
 def test_a_broken_image_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
-    with pytest.raises(OSError, match=r"a\.png: not a readable image"):
+    with pytest.raises(DataError, match=r"a\.png: not a readable image"):
         read_folder(tmp_path)["all"].images(torch.tensor([0]))
 
 

@@ -10,7 +10,7 @@ from formats import write_image, write_mnist
 from oodkern.config import ConfigError, load_config
 from oodkern.data import ArraySet, DataConfig, DataError, OODSplit, SampleSet, build_split
 from oodkern.data.embedded import read_digits
-from oodkern.data.split import split_classes, without_shared_images
+from oodkern.data.split import hold_out, split_classes, without_shared_images
 
 
 def all_of(images):
@@ -223,6 +223,24 @@ def test_mistakes_name_the_key(overrides, message):
 def test_a_source_that_is_not_there():
     with pytest.raises(DataError, match="idx:/none/here: expected a folder, and /none/here is none"):
         build_split(DataConfig(name="idx:/none/here"))
+
+
+def test_held_out_of_each_class():
+    labels = torch.tensor([0] * 20 + [1] * 3 + [2])
+    images = ArraySet(torch.arange(24, dtype=torch.uint8).view(24, 1, 1, 1), labels)
+    kept, held = hold_out(images, 0.15, np.random.default_rng(0))
+    assert torch.bincount(held.labels).tolist() == [3, 1]
+    assert torch.bincount(kept.labels).tolist() == [17, 2, 1]
+    assert sorted([*kept.array.flatten().tolist(), *held.array.flatten().tolist()]) == list(range(24))
+
+
+def test_too_few_images(tmp_path):
+    for name in ("a", "b", "c"):
+        write_image(tmp_path / "train" / name / "1.png", np.zeros((8, 8), np.uint8))
+        write_image(tmp_path / "test" / name / "1.png", np.zeros((8, 8), np.uint8))
+    data = DataConfig(name=f"folder:{tmp_path}", outliers="digits", ood={"far": "photos"})
+    with pytest.raises(DataError, match="expected two images of each class at least"):
+        build_split(data)
 
 
 def test_any_data_set_of_samples():

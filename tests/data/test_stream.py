@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from oodkern.data import ArraySet, Batches, augmentation, random_numbers, stream
+from oodkern.data import ArraySet, Batches, DataError, FolderSet, augmentation, random_numbers, stream
 from oodkern.data.augment import crop, flip, vary
 
 
@@ -51,6 +51,16 @@ def test_batches_depend_on_their_number_alone(workers):
     plain = Batches(numbered(13), 5, seed=3, stream=1)
     images, labels = plain[7]
     assert torch.equal(images, numbered(13).array[labels])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_one_line_whoever_reads_it(tmp_path, workers):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    images = FolderSet([tmp_path / "a.png"], torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(DataError) as caught:
+        take(Batches(images, 1), 1, workers=workers)
+    assert str(caught.value).startswith(f"{tmp_path}/a.png: not a readable image (UnidentifiedImageError: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_workers_leave_the_random_state_alone():

@@ -61,7 +61,9 @@ def test_baseline_is_the_better_of_its_scores(runs):
 def test_run_folder(runs):
     run, lines = runs["energy"]
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "best.ckpt", "scores.npz"}
+    assert names - {"tensorboard"} == {
+        "config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "best.ckpt", "scores.npz",
+    }  # fmt: skip
     assert load_config(str(run.folder / "config.yaml")) == run.config
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert records == run.history
@@ -200,6 +202,34 @@ def test_nothing_is_overwritten_unasked(short):
     train(short("name=r", "seed=1", "epochs=1"), log=silent, report=False, overwrite=True)
     assert not (config.folder / "report.html").exists()
     assert load_run(config.folder).config.seed == 1
+
+
+def test_tensorboard(short, monkeypatch):
+    """Curves of both stages, and none twice where a run goes on."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from oodkern.training.trainer import Trainer
+
+    save = Trainer.save
+
+    def die(self, stage):
+        if stage.kind == "method" and stage.epoch == 2:
+            self.board.close()
+            raise OSError("killed after the epoch was logged, before it was saved")
+        save(self, stage)
+
+    monkeypatch.setattr(Trainer, "save", die)
+    with pytest.raises(OSError, match="killed"):
+        train(short("name=r"), log=silent, report=False)
+    monkeypatch.setattr(Trainer, "save", save)
+    run = train(short("name=r"), log=silent, report=False, resume=True)
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    lines = [r for r in run.history if "epoch" in r]
+    for stage, offset in (("pretrain", 0), ("energy", 20)):
+        expected = [(offset + r["step"], r["loss"]) for r in lines if r["stage"] == stage]
+        shown = {event.step: event.value for event in events.Scalars(f"{stage}/loss")}
+        assert shown == pytest.approx(dict(expected))
 
 
 def test_no_half_written_file(tmp_path, monkeypatch):
