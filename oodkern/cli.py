@@ -27,7 +27,7 @@ examples:
                 model.name=wrn_40 precision=bf16 data.workers=4
   oodkern train config.yaml seed=1            a file of the same keys, one of them overridden
   oodkern train config.yaml --resume          goes on where that run stopped, bit for bit
-  oodkern train --show method=energy          the resolved configuration, every key with its value
+  oodkern train --show method=energy          every key with its value and what it means
 
 sources of images, as KIND:DIR: idx and emnist (files of the MNIST family, plain or gzipped; emnist swaps the
 axes), cifar10, cifar100 (Python or binary version), folder (DIR/CLASS/*, or DIR/train and DIR/test of that)
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="a file, then overrides")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     train.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run")
-    train.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    train.add_argument("--show", action="store_true", help="print the resolved configuration, explained, and stop")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
 
     def trained(one: argparse.ArgumentParser) -> None:

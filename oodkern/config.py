@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
+from oodkern._options import explanations, option
 from oodkern.data.sources import MULTI_LABEL, DataConfig
 from oodkern.data.sources import check as check_data
 from oodkern.methods import METHODS
@@ -39,46 +40,46 @@ class ConfigError(Exception):
 class PretrainConfig:
     """The baseline: plain training on the ID images, or a model that was trained before."""
 
-    epochs: int = 20
-    lr: float = 0.05
-    checkpoint: str = ""  # of a run (its baseline), or a state_dict of the model, to start from
+    epochs: int = option(20, "passes over the ID images")
+    lr: float = option(0.05, "learning rate")
+    checkpoint: str = option("", "of a run (its baseline), or a state_dict of the model, to start from")
 
 
 @dataclass
 class OptimizerConfig:
     """For pretraining and fine-tuning alike, but for the learning rate."""
 
-    name: str = "sgd"  # with Nesterov momentum; or adamw
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 64
-    outlier_batch_size: int = 128
-    clip_norm: float = 0.0  # of the gradient, over all parameters; 0: not clipped
+    name: str = option("sgd", "sgd (with Nesterov momentum) or adamw")
+    lr: float = option(0.01, "learning rate of the fine-tuning")
+    momentum: float = option(0.9, "of sgd")
+    weight_decay: float = option(5e-4, "of all parameters")
+    batch_size: int = option(64, "ID images a step")
+    outlier_batch_size: int = option(128, "outliers a step")
+    clip_norm: float = option(0.0, "of the gradient, over all parameters; 0: not clipped")
 
 
 @dataclass
 class ScheduleConfig:
-    """Of the learning rate over the steps of a stage."""
+    """Of the learning rate, over the steps of a stage."""
 
-    name: str = "cosine"  # to zero; step: times gamma at each milestone; constant
-    warmup: float = 0.0  # epochs of linear growth from zero
-    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])  # as shares of the stage
-    gamma: float = 0.1
+    name: str = option("cosine", "cosine to zero; step: times gamma at each milestone; constant")
+    warmup: float = option(0.0, "epochs of linear growth from zero")
+    milestones: list[float] = option([0.5, 0.75], "of step, as shares of the stage")
+    gamma: float = option(0.1, "of step")
 
 
 @dataclass
 class TrainConfig:
-    method: str = "energy"
-    epochs: int = 10
-    seed: int = 0
-    name: str = ""  # of the run folder; empty: made of the data, the method, the split and the seed
-    output: str = "runs"
-    device: str = "auto"  # cuda where there is one; or cpu, cuda, cuda:1
-    threads: int = 0  # 0: as many as PyTorch takes
-    precision: str = "fp32"  # fp32, bf16 or fp16 (by autocast, fp16 with a gradient scaler)
-    split_forward: bool = False  # ID and outliers one after the other: less memory, other BatchNorm statistics
-    checkpoint_steps: int = 0  # also write last.ckpt every so many steps; 0: after each epoch alone
+    method: str = option("energy", f"one of {', '.join(METHODS)}")
+    epochs: int = option(10, "of fine-tuning: passes over the ID images")
+    seed: int = option(0, "of the initial weights, the order and the augmentation of the images")
+    name: str = option("", "of the run folder; empty: made of the data, the method, the split and the seed")
+    output: str = option("runs", "the folder of run folders")
+    device: str = option("auto", "cuda where there is one; or cpu, cuda, cuda:1")
+    threads: int = option(0, "of the CPU; 0: as many as PyTorch takes")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (by autocast, fp16 with a gradient scaler)")
+    split_forward: bool = option(False, "ID and outliers one after the other: less memory, other BatchNorm statistics")
+    checkpoint_steps: int = option(0, "also write last.ckpt every so many steps; 0: after each epoch alone")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -236,7 +237,20 @@ def check_values(config: TrainConfig) -> None:
         raise ConfigError(str(error)) from None
 
 
-def to_yaml(config: TrainConfig) -> str:
+def to_yaml(config: TrainConfig, explained: bool = False) -> str:
+    """The configuration as YAML that reads back as itself; `explained` has what each key means behind it."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    if not explained:
+        return text
+    known, lines, group = explanations(config), [], ""
+    for line in text.splitlines():
+        key = line.strip().partition(":")[0]
+        if not line.startswith(" "):
+            group = ""
+        meaning = known.get(group + key, "") if line.startswith("  ") == bool(group) else ""
+        if not line.startswith((" ", "-")) and line.endswith(":"):
+            group = f"{key}."
+        lines.append(f"{line:<34} # {meaning}" if meaning else line)
+    return "\n".join(lines) + "\n"

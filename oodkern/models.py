@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
 
+from oodkern._options import option
+
 
 @dataclass
 class ModelConfig:
-    name: str = "small_cnn"  # small_cnn, wrn_40, resnet18, or timm:NAME
-    width: int = 0  # 0: the model's own (small_cnn 32 channels, wrn_40 2 times 16, resnet18 64)
-    dropout: float = 0.0
+    """What is trained."""
+
+    name: str = option("small_cnn", "small_cnn, wrn_40, resnet18, or timm:NAME")
+    width: int = option(0, "0: the model's own (small_cnn 32 channels, wrn_40 2 times 16, resnet18 64)")
+    dropout: float = option(0.0, "of the features; in wrn_40 in every block")
 
 
 def check_positive(**values: int) -> None:

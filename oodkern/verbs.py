@@ -34,7 +34,7 @@ def file_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
 def train(options: argparse.Namespace, command: list[str]) -> int:
     config = load_config(*file_and_overrides(options.words))
     if options.show:
-        print(to_yaml(config), end="")
+        print(to_yaml(config, explained=True), end="")
         return OK
     try:
         run = run_training(

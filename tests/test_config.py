@@ -1,6 +1,9 @@
 import pytest
+import yaml
 
+from oodkern._options import explanations
 from oodkern.config import ConfigError, load_config, to_yaml
+from oodkern.methods import METHODS
 from oodkern.methods.energy import EnergyOptions
 from oodkern.methods.outlier_exposure import OutlierExposureOptions
 
@@ -99,3 +102,16 @@ def test_files_that_are_no_configuration(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ConfigError):
             load_config(str(file))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_key_is_explained(method):
+    config = load_config(None, [f"method={method}", "data.ood.far=photos", "schedule.milestones=[0.2,0.4]"])
+    known = explanations(config)
+    assert {"epochs", "data.ood", "loss", "schedule.milestones"} <= known.keys()
+    assert all(known.values()), [key for key, meaning in known.items() if not meaning]
+    text = to_yaml(config, explained=True)
+    for key, meaning in known.items():
+        assert f"# {meaning}" in text, key
+    assert yaml.safe_load(text) == yaml.safe_load(to_yaml(config))
+    assert max(map(len, text.splitlines())) <= 150

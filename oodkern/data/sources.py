@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from oodkern._options import option
 from oodkern.data.augment import augmentation
 from oodkern.data.embedded import FAR_PATCHES, as_canvases, photo_patches, read_digits
 from oodkern.data.images import ArraySet, DataError, ImageSet
@@ -43,22 +44,20 @@ TEST_SHARE = 0.3  # of the ID images, where a set has no test part of its own
 
 @dataclass
 class DataConfig:
-    """A source is written KIND:PATH with KIND one of idx, emnist, cifar10, cifar100, folder; or digits, photos."""
+    """A source is KIND:DIR with KIND one of idx, emnist, cifar10, cifar100, folder; or it is digits or photos."""
 
-    name: str = "digits"  # the labelled ID set: digits, digits-multilabel or a source
-    outliers: str = ""  # the source to train with; empty: held-out classes of the ID set
-    ood: dict[str, str] = field(
-        default_factory=dict
-    )  # of the test, name: source; without any: held-out classes, as near
-    classes: list[int] = field(default_factory=list)  # how many known, outlier and OOD classes; empty: as 6, 2, 2
-    split: int | None = None  # number of a random split of the classes and the images; null: the fixed one
-    validation: float = 0.15  # share of the training images, and of the outliers
-    limit: int = 0  # at most so many ID images to train with; 0: all
-    size: int = 0  # pixels a side; 0: as the ID set has them, 32 for folders
-    channels: int = 0  # 1 or 3; 0: as the ID set has them, 3 for folders
-    augmentation: str = "auto"  # none, or crop, flip, vary joined by +; auto: what suits the set
-    outlier_augmentation: str = "auto"
-    workers: int = 0  # processes that make each stream's batches; they change no number
+    name: str = option("digits", "the labelled ID set: digits, digits-multilabel or a source")
+    outliers: str = option("", "the source to train with; empty: held-out classes of the ID set")
+    ood: dict[str, str] = option({}, "of the test, NAME: SOURCE; without any: held-out classes, as near")
+    classes: list[int] = option([], "how many known, outlier and OOD classes; empty: as 6, 2, 2")
+    split: int | None = option(None, "number of a random split of the classes and the images; null: the fixed one")
+    validation: float = option(0.15, "share of the training images, and of the outliers")
+    limit: int = option(0, "at most so many ID images to train with; 0: all")
+    size: int = option(0, "pixels a side; 0: as the ID set has them, 32 for folders")
+    channels: int = option(0, "1 or 3; 0: as the ID set has them, 3 for folders")
+    augmentation: str = option("auto", "none, or crop, flip, vary joined by +; auto: what suits the set")
+    outlier_augmentation: str = option("auto", "likewise")
+    workers: int = option(0, "processes that make each stream's batches; they change no number")
 
 
 def kind_of(source: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from oodkern.methods.base import Method
 
 @dataclass
 class CrossEntropyOptions:
-    pass
+    """None."""
 
 
 class CrossEntropy(Method):

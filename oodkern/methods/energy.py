@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oodkern._options import option
 from oodkern.losses import EnergyLoss
 from oodkern.methods.base import Method, as_score
 
@@ -17,11 +18,13 @@ ID_QUANTILE, OUTLIER_QUANTILE = 0.25, 0.75
 
 @dataclass
 class EnergyOptions:
-    alpha: float = 0.1
-    margins: str = "auto"  # "auto": from the starting model's energies; "fixed": the two numbers below
-    margin_in: float = -25.0
-    margin_out: float = -7.0
-    temperature: float = 1.0
+    """Of the energy hinges."""
+
+    alpha: float = option(0.1, "weight of both hinges")
+    margins: str = option("auto", "auto: from the starting model's energies; fixed: the two numbers below")
+    margin_in: float = option(-25.0, "ID energies above it are penalised")
+    margin_out: float = option(-7.0, "outliers' energies below it are penalised")
+    temperature: float = option(1.0, "of the energy")
 
 
 def auto_margins(id_energies: Tensor, outlier_energies: Tensor) -> tuple[float, float]:

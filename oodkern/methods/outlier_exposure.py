@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from oodkern._options import option
 from oodkern.losses import OutlierExposureLoss
 from oodkern.methods.base import Method
 
 
 @dataclass
 class OutlierExposureOptions:
-    alpha: float = 0.5
+    """Of the flat softmax that outliers are taught."""
+
+    alpha: float = option(0.5, "weight of the outliers' term")
 
 
 class OutlierExposure(Method):
