@@ -19,6 +19,7 @@ from oodkern.training import Detector, load_run
 from oodkern.training import evaluate as judge
 from oodkern.training import train as run_training
 from oodkern.training.comparison import compare as run_comparison
+from oodkern.training.evaluation import name_of
 
 OK, WRONG = 0, 2
 SCORE_BATCH = 256
@@ -133,7 +134,7 @@ def score(options: argparse.Namespace, command: list[str]) -> int:
 def print_scores(detector: Detector, paths: list[Path], images: torch.Tensor, as_json: bool) -> None:
     found = detector.predict(images)
     for path, label, score, is_ood in zip(paths, *(one.tolist() for one in found), strict=True):
-        name = detector.name_of(label)
+        name = name_of(label, detector.classes)
         if as_json:
             line = {"image": str(path), "class": name, "score": score, "threshold": detector.threshold, "ood": is_ood}
             print(json.dumps(line))

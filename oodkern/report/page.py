@@ -16,7 +16,7 @@ from oodkern.data import ImageSet
 from oodkern.report import plots
 from oodkern.tables import LEGEND, evaluation_head, evaluation_rows
 from oodkern.training import files
-from oodkern.training.evaluation import SAMPLE, logits_of
+from oodkern.training.evaluation import SAMPLE, logits_of, name_of, predicted
 from oodkern.training.folder import environment
 
 if TYPE_CHECKING:
@@ -139,11 +139,11 @@ def hardest(run: Run) -> str:
 def strip(run: Run, name: str, images: ImageSet, scores: Tensor, known: bool) -> str:
     worst = scores.argsort(descending=known, stable=True)[:THUMBNAILS]
     pixels = images.images(worst)
-    labels = logits_of(run.model, images.select(worst)).argmax(-1)
+    labels = predicted(logits_of(run.model, images.select(worst)), run.split.multi_label)
     wrong = scores > run.threshold if known else scores <= run.threshold
     cells = "".join(
         f"<figure class='{'wrong' if wrong[i] else ''}'><img alt='' src='{thumbnail(image)}'>"
-        f"<figcaption>{escape(run.split.classes[label])}<br><span>{scores[i]:.2f}</span></figcaption></figure>"
+        f"<figcaption>{escape(name_of(label, run.split.classes))}<br><span>{scores[i]:.2f}</span></figcaption></figure>"
         for i, image, label in zip(worst.tolist(), pixels, labels.tolist(), strict=True)
     )
     count = f"{int(wrong.sum()):,} of {len(scores):,} {'flagged' if known else 'accepted'}"

@@ -121,7 +121,7 @@ def roc_curves(run: Run) -> list[str]:
         axis.set_xlabel("ID images flagged (false positives)")
         axis.set_ylabel("OOD images detected")
         axis.set_ylim(-0.02, 1.02)
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="best")
     axes[1].set_xscale("log")
     axes[0].set_title("the whole curve")
     axes[1].set_title("the first percents, stretched")

@@ -13,12 +13,12 @@ from oodkern.config import ConfigError, TrainConfig, load_config
 from oodkern.data.images import read_image
 from oodkern.methods import METHODS
 from oodkern.models import build_model
+from oodkern.training.evaluation import predicted
 from oodkern.training.folder import read_checkpoint
 
 
 class Prediction(NamedTuple):
-    """label [N] int64, the likeliest class (multi-label: [N, K] bool, logit > 0); score [N], larger = more OOD;
-    is_ood [N] bool, score > threshold."""
+    """label [N] int64, the likeliest class (multi-label: [N, K] bool); score [N], larger = more OOD; is_ood [N]."""
 
     label: Tensor
     score: Tensor
@@ -53,14 +53,7 @@ class Detector:
             raise ValueError(f"images: expected [N, {', '.join(map(str, self.shape))}], got {list(images.shape)}")
         logits = self.model(images)
         score = self.method.score(logits)
-        label = logits > 0 if self.method.multi_label else logits.argmax(-1)
-        return Prediction(label, score, score > self.threshold)
-
-    def name_of(self, label: int | list[bool]) -> str:
-        """The class of a label; of a multi-label row, its classes joined by +."""
-        if isinstance(label, list):
-            return "+".join(name for name, there in zip(self.classes, label, strict=True) if there) or "none"
-        return self.classes[label]
+        return Prediction(predicted(logits, self.method.multi_label), score, score > self.threshold)
 
     def read(self, path: Path) -> Tensor:
         """[C, H, W] of an image file. Raises DataError with its path where it is none."""

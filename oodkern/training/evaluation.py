@@ -56,6 +56,18 @@ def logits_of_test(model: nn.Module, split: OODSplit) -> dict[str, Tensor]:
     return {name: logits_of(model, images) for name, images in {"id": split.test, **split.test_ood}.items()}
 
 
+def predicted(logits: Tensor, multi_label: bool) -> Tensor:
+    """The likeliest class [N] int64; of a multi-label classifier the labels likelier than not, [N, K] bool."""
+    return logits > 0 if multi_label else logits.argmax(-1)
+
+
+def name_of(label: int | list[bool], classes: Sequence[str]) -> str:
+    """One row of `predicted(...).tolist()` in words: a class, or labels joined by +."""
+    if isinstance(label, list):
+        return "+".join(name for name, there in zip(classes, label, strict=True) if there) or "none"
+    return classes[label]
+
+
 def correct(logits: Tensor, labels: Tensor) -> float:
     """Accuracy against labels [N], or mean average precision against labels [N, K]."""
     return accuracy(logits.argmax(-1), labels) if labels.dim() == 1 else mean_average_precision(logits, labels)

@@ -296,3 +296,19 @@ def test_the_temperature_reaches_margins_and_score():
     hinge = (energy(ids, 4.0) - decided["margin_in"]).relu().square().mean()
     torch.testing.assert_close(parts["energy_in"], hinge)
     torch.testing.assert_close(method.score(ids), energy(ids, 4.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(short, precision):
+    """The same run there: it learns, its checkpoint is judged the same on the CPU, and it can be resumed."""
+    config = short(f"precision={precision}", "device=cuda", "data.workers=2", "epochs=8", "pretrain.epochs=15")
+    run = train(config, log=silent)
+    assert next(run.model.parameters()).is_cuda
+    assert run.method.accuracy > 0.95
+    assert run.method.ood["far"].auroc > 0.95
+    detector = load_run(run.folder)
+    again = evaluate(detector.model, run.split, "energy", energy)
+    torch.testing.assert_close(again.scores["near"], run.method.scores["near"], rtol=1e-2, atol=1e-2)
+    resumed = train(config, log=silent, resume=True, report=False)
+    assert resumed.method.ood == run.method.ood
