@@ -13,7 +13,7 @@ HEADS = ("get_classifier", "fc", "head", "classifier")
 
 
 class Output(NamedTuple):
-    """logits [N, K]; features [N, D], what the head made them of: logits = features @ head.weight.T + head.bias."""
+    """logits [N, K], and features [N, D]: what the linear head, whose output mostly are the logits, was given."""
 
     logits: Tensor
     features: Tensor

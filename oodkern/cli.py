@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", "judge the model of a run", EVALUATE_HELP, EVALUATE_EXAMPLES)
     trained(evaluate)
-    evaluate.add_argument("words", nargs="*", metavar="data.KEY=VALUE", help="other data than the run's")
+    evaluate.add_argument("words", nargs="*", metavar="data.ood.NAME=SOURCE", help="further OOD sets")
     score = verb("score", "class, score and verdict of image files", SCORE_HELP, SCORE_EXAMPLES)
     trained(score)
     score.add_argument("words", nargs="+", metavar="IMAGES", help="image files, or folders of them")
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def numbers(text: str) -> list[int]:
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"oodkern {options.verb}: {error}", file=sys.stderr)
         return code
 
-    try:  # Ctrl-C may come while the imports, which take seconds, are under way
+    try:  # Ctrl-C may come while these imports are under way
         from oodkern import verbs
         from oodkern.config import ConfigError
         from oodkern.data import DataError
@@ -173,3 +173,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = None
         return EXIT_OK
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        return failed(error, EXIT_USAGE)

@@ -42,7 +42,9 @@ class PretrainConfig:
 
     epochs: int = option(20, "passes over the ID images")
     lr: float = option(0.05, "learning rate")
-    checkpoint: str = option("", "of a run (its baseline), or a state_dict of the model, to start from")
+    checkpoint: str = option(
+        "", "of a run (its baseline), or a state_dict of the model, to start from; epochs are then 0"
+    )
 
 
 @dataclass
@@ -120,14 +122,16 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
             given = OmegaConf.merge(given, loaded)
         for override in overrides:
             key, equals, _ = override.partition("=")
-            if not equals or not key:
+            if not equals or not re.fullmatch(r"[\w.-]+", key):
                 raise ConfigError(f"{override}: expected key=value, such as optimizer.lr=0.1")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         method = str(given.get("method", TrainConfig.method))
         schema = schema_of(method)
         check_keys(OmegaConf.to_container(given), keys_of(schema))
         data = str(OmegaConf.select(given, "data.name", default=DataConfig.name))
-        suited = OmegaConf.from_dotlist([*SUITED.get(data, ()), *SUITED.get((data, method), ())])
+        # A model that was trained before is not trained again unless asked.
+        trained = ("pretrain.epochs=0",) if OmegaConf.select(given, "pretrain.checkpoint") else ()
+        suited = OmegaConf.from_dotlist([*SUITED.get(data, ()), *SUITED.get((data, method), ()), *trained])
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), suited, given))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None

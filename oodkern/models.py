@@ -164,7 +164,7 @@ class ResNet18(ImageClassifier):
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """He's normal initialisation of the convolutions by their outputs, zero bias of the head, as in both papers."""
+    """He's normal initialisation of the convolutions by their outputs, as in torchvision; zero bias of the head."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

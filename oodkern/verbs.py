@@ -55,18 +55,12 @@ def train(options: argparse.Namespace, command: list[str]) -> int:
 
 def evaluate(options: argparse.Namespace, command: list[str]) -> int:
     detector = load_run(options.run, options.checkpoint)
-    for override in options.words:
-        if not override.startswith("data."):
-            raise ConfigError(f"{override}: expected data.KEY=VALUE; the rest is the run's own")
-    # More OOD sets are added to the run's, after its classes were split as the run split them.
-    path = str(Path(options.run) / "config.yaml")
-    load_config(path, options.words)  # with its checks
-    own = [word for word in options.words if not word.startswith("data.ood.")]
-    config = load_config(path, own)
-    more = {
-        key.removeprefix("data.ood."): source
-        for key, _, source in (word.partition("=") for word in options.words if word not in own)
-    }
+    for word in options.words:
+        if not word.startswith("data.ood."):
+            raise ConfigError(f"{word}: expected data.ood.NAME=SOURCE; the rest is the run's own")
+    config = detector.config
+    given = load_config(str(Path(options.run) / "config.yaml"), options.words).data.ood  # with its checks
+    more = {name: source for name, source in given.items() if config.data.ood.get(name) != source}
     try:
         split = with_more_ood(build_split(config.data), more, config.data.split)
     except ValueError as error:

@@ -115,8 +115,11 @@ def test_score(bare, capsys, tmp_path):
     [
         (["evaluate", "nowhere"], "oodkern evaluate: nowhere: expected the folder of a run, with a config.yaml"),
         (["score", "RUN", "nothing.png"], "oodkern score: nothing.png: no such file or folder"),
-        (["evaluate", "RUN", "optimizer.lr=3"], "oodkern evaluate: optimizer.lr=3: expected data.KEY=VALUE"),
-        (["evaluate", "RUN", "data.split=3"], "oodkern evaluate: data: expected the run's classes 0, 1, 2, 3, 4, 5"),
+        (["evaluate", "RUN", "optimizer.lr=3"], "oodkern evaluate: optimizer.lr=3: expected data.ood.NAME=SOURCE"),
+        (["evaluate", "RUN", "data.split=3"], "oodkern evaluate: data.split=3: expected data.ood.NAME=SOURCE"),
+        (["evaluate", "RUN", "data.ood.x=digits"], "oodkern evaluate: data.ood.x: the ID images are digits"),
+        (["train", "[=3"], "oodkern train: [=3: expected key=value"),
+        (["train", "output=/proc/none/x"], "oodkern train: [Errno 2]"),
         (["compare", "--methods", "energi"], "oodkern compare: method: expected one of ce, oe, energy, got 'energi'"),
         (["compare", "--methods", "oe", "--splits", "0"], "oodkern compare: --splits: expected 1 or more, got 0"),
         (["train", "data.name=idx:/none"], "oodkern train: idx:/none: expected a folder, and /none is none"),
@@ -150,14 +153,14 @@ def test_options_that_are_not_there(capsys):
 def test_starting_from_a_model_that_was_trained_before(tmp_path, capsys):
     assert main(["train", *SHORT, f"output={tmp_path}", "name=first", "--quiet"]) == 0
     start = f"pretrain.checkpoint={tmp_path}/first/last.ckpt"
-    assert main(["train", *SHORT, f"output={tmp_path}", "name=again", "pretrain.epochs=0", start, "--quiet"]) == 0
+    assert main(["train", *SHORT[::2], f"output={tmp_path}", "name=again", start, "--quiet"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("baseline")]
     assert rows[:2] == rows[2:]
     state = torch.load(tmp_path / "first" / "last.ckpt", weights_only=True)["baseline"]
     plain = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     torch.save(plain, tmp_path / "plain.pt")
     start = f"pretrain.checkpoint={tmp_path}/plain.pt"
-    assert main(["train", *SHORT, f"output={tmp_path}", "name=plain", "pretrain.epochs=0", start, "--quiet"]) == 0
+    assert main(["train", *SHORT[::2], f"output={tmp_path}", "name=plain", start, "--quiet"]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("baseline")] == rows[:2]
     assert main(["train", f"output={tmp_path}", "name=other", start]) == 2  # of another width
     assert "pretrain.checkpoint: " in capsys.readouterr().err
@@ -172,6 +175,10 @@ def test_compare(tmp_path, capsys):
     assert any((line.startswith("oe") and "2 of 2" in line) or "of 2" in line for line in captured.out.splitlines())
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    run = found["runs"][0]
+    assert (run["method"], set(run["by_score"])) == ("ce", {"msp", "energy"}), "ce may be judged by either"
+    assert run["environment"]["torch"] == torch.__version__
+    assert set(found["runs"][1]["by_score"]) == {"msp"}
     assert (found["methods"], found["unit"], found["splits"]) == (["ce", "oe"], "seed", [None])
     assert found["command"].startswith("oodkern compare --methods ce,oe epochs=1")
 
@@ -192,11 +199,12 @@ def test_divergence_on_the_last_step_is_3_and_leaves_no_other_run(tmp_path, caps
     diverging = ["epochs=0", "optimizer.batch_size=644", "pretrain.lr=1e30", "--quiet", "--overwrite"]
     code = main(["train", *arguments, *diverging])
     assert code == 3
-    assert "not finite after step 1 of pretrain" in capsys.readouterr().err
+    assert "logits are not finite, at step 1 of pretrain; the batch is in" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "r").iterdir()} - {"tensorboard"} == {
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "not_finite.pt",
     }
 
 

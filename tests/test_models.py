@@ -68,6 +68,15 @@ def test_pre_activation_blocks_start_as_their_input():
     assert torch.equal(block(images), images)
 
 
+def test_shortcuts_that_change_the_shape_start_from_the_activation():
+    """And not from the raw input: the pre-activation is shared, as in the paper's released networks."""
+    block = WideResNet(3, 5, 10, 2).backbone[1].eval()
+    block.conv2.weight.data.zero_()
+    images = torch.randn(2, 16, 8, 8)
+    expected = block.shortcut(torch.relu(block.bn1(images)))
+    torch.testing.assert_close(block(images), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

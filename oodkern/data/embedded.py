@@ -63,9 +63,9 @@ def compose(digits: ImageSet, multi_label: bool, generator: np.random.Generator)
     """
     images = digits.images(torch.arange(len(digits))).numpy()[:, 0]
     labels = digits.labels.numpy()
-    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    K, side = len(groups), CELLS * CELL
-    weights = IMBALANCE ** -(np.arange(K) / max(K - 1, 1))
+    K, side = len(digits.classes) if multi_label else 1, CELLS * CELL
+    groups = [np.flatnonzero(labels == label) for label in range(K)] if multi_label else [np.arange(len(labels))]
+    weights = IMBALANCE ** -(np.arange(K) / max(K - 1, 1)) * [len(group) > 0 for group in groups]
     weights /= weights.sum()
     count = CANVASES_PER_DIGIT * len(images)
     canvases, present = np.zeros((count, side, side)), np.zeros((count, K))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ class FolderSet(ImageSet):
 class SampleSet(ImageSet):
     """Any map-style data set of `(image, label)`, such as torchvision's with a transform to tensors in [0, 1].
 
-    Labels are taken from its `targets` where it has them, and by reading every sample otherwise.
+    Labels are taken from its `targets` where it has them, and by reading every sample otherwise. A transform that draws
+    random numbers of its own is outside of what makes a run repeat; `oodkern.data.augmentation` is inside.
     """
 
     def __init__(self, dataset: Any, classes: Sequence[str] = (), labels: Tensor | None = None) -> None:
@@ -126,15 +128,23 @@ class SampleSet(ImageSet):
 
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """An image file as [channels, size, size] float32 in [0, 1]. Raises DataError with the path where it is none."""
-    from PIL import Image
+    """An image file as [channels, size, size] float32 in [0, 1]; transparency is ignored.
+
+    Raises DataError with the path where it is none.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error}") from None
-    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG is SyntaxError
+            image = ImageOps.exif_transpose(file)  # as cameras mean it to be seen
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.mode == "F":
+                raise DataError(f"{path}: expected 8 or 16 bits a pixel, got floating-point numbers")
+            image = image.convert("L" if channels == 1 else "RGB")
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its bytes happen to spell
         raise DataError(f"{path}: not a readable image ({brief(error)})") from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
@@ -143,5 +153,9 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The image files below a folder, sorted by path: links are followed, names that begin with a dot are left out."""
+    found = []
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(inside, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())

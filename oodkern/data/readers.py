@@ -11,9 +11,10 @@ import io
 import math
 import pickle
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +26,20 @@ from oodkern.data.images import UNKNOWN, ArraySet, DataError, FolderSet, ImageSe
 Parts = Mapping[str, ImageSet]
 
 
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
 def read_idx(path: Path) -> NDArray:
     """The array of an IDX file, plain or gzipped: bytes 0 0 type rank, big-endian sizes, values."""
-    content = path.read_bytes()
+    content = read_bytes(path)
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: damaged gzip file ({error})") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != 0x08:
         raise DataError(
@@ -54,6 +62,8 @@ def read_idx_folder(folder: Path, transposed: bool = False) -> Parts:
     """
     raw: dict[str, tuple[NDArray, NDArray]] = {}
     for file in sorted(folder.glob("*images*idx3*")):
+        if file.suffix == ".gz" and file.with_suffix("").is_file():
+            continue  # unpacked beside it
         labels_file = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
         if not labels_file.is_file():
             raise DataError(f"{file}: its labels, {labels_file.name}, are not there")
@@ -66,6 +76,8 @@ def read_idx_folder(folder: Path, transposed: bool = False) -> Parts:
         raw[part] = images.swapaxes(1, 2) if transposed else images, labels
     if not raw:
         raise DataError(f"{folder}: expected files such as train-images-idx3-ubyte.gz, found none")
+    if len(raw) == 1:  # a lone part is the whole set: it is no test of what is trained on it
+        raw = {"all": next(iter(raw.values()))}
     names = np.unique(np.concatenate([labels for _, labels in raw.values()]))  # EMNIST letters begin at 1
     return {
         part: ArraySet(  # of a copy: the bytes of a file are read-only
@@ -98,7 +110,7 @@ class NumpyUnpickler(pickle.Unpickler):
 
 def unpickle(path: Path) -> dict[str, Any]:
     """A CIFAR batch of the Python version, with its keys as text."""
-    file: BinaryIO = io.BytesIO(path.read_bytes())
+    file = io.BytesIO(read_bytes(path))
     try:
         content = NumpyUnpickler(file, encoding="bytes").load()
     except DataError as error:
@@ -108,6 +120,14 @@ def unpickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a dict, got {type(content).__name__}")
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+
+
+def entry(path: Path, key: str) -> Any:
+    """One entry of a CIFAR batch."""
+    content = unpickle(path)
+    if key not in content:
+        raise DataError(f"{path}: expected an entry {key!r}, got {', '.join(map(str, content)) or 'none'}")
+    return content[key]
 
 
 def read_cifar(root: Path, kind: int) -> Parts:
@@ -126,12 +146,10 @@ def read_cifar(root: Path, kind: int) -> Parts:
     train, test, meta, python, binary = named[kind]
     for folder in (root, root / f"{stem}{python}"):
         if (folder / test[0]).is_file():
-            names = [
-                name.decode() for name in unpickle(folder / meta)["label_names" if kind == 10 else "fine_label_names"]
-            ]
-            key = "labels" if kind == 10 else "fine_labels"
+            key, names_key = ("labels", "label_names") if kind == 10 else ("fine_labels", "fine_label_names")
+            names = [n.decode() if isinstance(n, bytes) else str(n) for n in entry(folder / meta, names_key)]
             return {
-                part: cifar_set([(one["data"], one[key]) for one in (unpickle(folder / file) for file in files)], names)
+                part: cifar_set([(entry(folder / f, "data"), entry(folder / f, key)) for f in files], names)
                 for part, files in (("train", train), ("test", test))
             }
     for folder in (root, root / f"{stem}{binary}"):
@@ -148,7 +166,7 @@ def read_cifar(root: Path, kind: int) -> Parts:
 
 def read_records(path: Path, head: int) -> tuple[NDArray, NDArray]:
     """Pixels [N, 3072] and the last of the `head` label bytes of each record."""
-    content = np.frombuffer(path.read_bytes(), np.uint8)
+    content = np.frombuffer(read_bytes(path), np.uint8)
     if len(content) == 0 or len(content) % (3072 + head):
         raise DataError(f"{path}: expected records of {3072 + head} bytes, got {len(content):,} bytes")
     records = content.reshape(-1, 3072 + head)
@@ -156,24 +174,33 @@ def read_records(path: Path, head: int) -> tuple[NDArray, NDArray]:
 
 
 def cifar_set(batches: list[tuple[Any, Any]], names: list[str]) -> ArraySet:
-    pixels = np.concatenate([np.asarray(data, np.uint8).reshape(-1, 3, 32, 32) for data, _ in batches])
-    labels = np.concatenate([np.asarray(label, np.int64) for _, label in batches])
+    try:
+        pixels = np.concatenate([np.asarray(data, np.uint8).reshape(-1, 3, 32, 32) for data, _ in batches])
+        labels = np.concatenate([np.asarray(label, np.int64) for _, label in batches])
+    except (ValueError, TypeError) as error:
+        raise DataError(f"a CIFAR file: expected pixels [N, 3072] and integer labels ({brief(error)})") from None
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
         raise DataError(f"labels: expected 0..{len(names) - 1}, got {labels.min()}..{labels.max()}")
     return ArraySet(torch.from_numpy(pixels), torch.from_numpy(labels), names)
 
 
 def read_folder(root: Path, channels: int = 3, size: int = 32) -> Parts:
-    """`root/train/CLASS/*` with `root/test/CLASS/*` (or val), `root/CLASS/*`, or images without classes in `root`."""
-    train, test = root / "train", next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    parts = {"train": train, "test": test} if train.is_dir() and test is not None else {"all": root}
-    files: dict[str, list[Path]] = {part: image_files(folder) for part, folder in parts.items() if folder}
+    """`root/train/CLASS/*` with `root/test/CLASS/*`, `root/CLASS/*`, or images without classes in `root`.
+
+    The test part may be called test, val, valid or validation. Where there is only `root/train` it is the whole set.
+    """
+    train = root / "train"
+    test = next((root / name for name in ("test", "val", "valid", "validation") if (root / name).is_dir()), None)
+    folders = {"all": train if train.is_dir() else root}
+    if train.is_dir() and test is not None:
+        folders = {"train": train, "test": test}
+    files = {part: image_files(folder) for part, folder in folders.items()}
     for part, found in files.items():
         if not found:
-            raise DataError(f"{parts[part]}: expected images, found none")
+            raise DataError(f"{folders[part]}: expected images, found none")
     # A class is the first folder below the part.
     named = {
-        part: [path.relative_to(parts[part]).parts[0] if path.parent != parts[part] else "" for path in found]
+        part: [path.relative_to(folders[part]).parts[0] if path.parent != folders[part] else "" for path in found]
         for part, found in files.items()
     }
     classes = sorted(set().union(*named.values()) - {""})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +23,15 @@ from oodkern.data.split import (
     generator_of,
     hold_out,
     of_classes,
+    seen_in,
     split_classes,
+    unseen,
     without_shared_images,
 )
 
 EMBEDDED = ("digits", "digits-multilabel")
 MULTI_LABEL = ("digits-multilabel",)
+OWN = "python"  # images that a program gave to `train`: known by name only
 KINDS = ("idx", "emnist", "cifar10", "cifar100", "folder")
 # What suits the images of a kind: augmentation of ID images, and of outliers.
 SUITABLE = {
@@ -39,6 +43,8 @@ SUITABLE = {
     "cifar100": ("crop+flip", "crop+flip"),
     "folder": ("crop+flip", "crop+flip"),
 }
+# Names of OOD sets that mean something else in scores.npz, or to the function that writes it.
+RESERVED = ("id", "file", "allow_pickle")
 TEST_SHARE = 0.3  # of the ID images, where a set has no test part of its own
 
 
@@ -65,9 +71,17 @@ def kind_of(source: str) -> tuple[str, str]:
     kind, colon, path = source.partition(":")
     if source in EMBEDDED or source == "photos":
         return source, ""
+    if kind == OWN:
+        return kind, path
     if kind not in KINDS or not colon or not path:
         raise ValueError(f"expected digits, photos or KIND:PATH with KIND one of {', '.join(KINDS)}, got {source!r}")
     return kind, path
+
+
+def location(source: str) -> str | Path:
+    """A source however its folder is written."""
+    kind, path = source.partition(":")[::2]
+    return Path(path).expanduser().resolve() if kind in KINDS else source
 
 
 def open_source(source: str, channels: int, size: int, split: int | None = None) -> Parts:
@@ -116,12 +130,16 @@ def class_sizes(data: DataConfig, count: int) -> list[int]:
 
 
 def build_split(data: DataConfig) -> OODSplit:
-    """The parts that a configuration describes. No image is in two of them, where the sets are in memory.
+    """The parts that a configuration describes. Outliers, OOD and ID images are apart, see `without_shared_images`.
 
     Raises ValueError naming the key, and DataError naming the file.
     """
     check(data)
     kind, _ = kind_of(data.name)
+    if kind == OWN:
+        raise ValueError(
+            f"data.name: the images of {data.name} were given by a program, which alone can give them again"
+        )
     parts = open_source(data.name, data.channels or 3, data.size or 32, data.split)
     shape = next(iter(parts.values())).shape
     channels, size = data.channels or shape[0], data.size or max(shape[1:])
@@ -143,6 +161,8 @@ def build_split(data: DataConfig) -> OODSplit:
         split = as_canvases(split, data.split)
         size, ood = split.train.shape[1], dict(split.test_ood)
     far = {"far": "photos"} if kind in EMBEDDED else {}
+    if "near" in ood and "near" in data.ood:
+        raise ValueError("data.ood.near: the held-out classes have that name; expected another")
     for name, source in {**far, **data.ood}.items():
         ood[name] = other(source, "test")
     outliers, outlier_validation = split.outliers, split.outlier_validation
@@ -162,20 +182,41 @@ def build_split(data: DataConfig) -> OODSplit:
         augmentation=suitable[0] if data.augmentation == "auto" else data.augmentation,
         outlier_augmentation=suitable[1] if data.outlier_augmentation == "auto" else data.outlier_augmentation,
     )
-    split, dropped = without_shared_images(split)
-    if dropped and not (len(split.outliers) and len(split.outlier_validation)):
-        raise DataError(f"{data.outliers or data.name}: every outlier is an ID image or an image of the test")
+    split = without_shared_images(split)
+    check_parts(split)
     return split
 
 
+def check_parts(split: OODSplit) -> None:
+    """Raises DataError for a part without images."""
+    parts = {
+        "ID images to train with": split.train,
+        "ID images to validate with": split.validation,
+        "ID images to test with": split.test,
+        "outliers to train with": split.outliers,
+        "outliers to validate with": split.outlier_validation,
+        **{f"OOD images of {name!r}": images for name, images in split.test_ood.items()},
+    }
+    for name, images in parts.items():
+        if not len(images):
+            left = f" ({split.dropped:,} images were left out, being in two parts)" if split.dropped else ""
+            raise DataError(f"{split.name}: expected {name}, and there are none{left}")
+
+
 def with_more_ood(split: OODSplit, sources: Mapping[str, str], number: int | None) -> OODSplit:
-    """The split with further OOD sets, name: source, in the shape of its images."""
+    """The split with further OOD sets, NAME: SOURCE, less the images that a model of it was trained with."""
     channels, size, _ = split.train.shape
-    more = {}
+    seen = seen_in(split.train, split.validation, split.test, split.outliers, split.outlier_validation)
+    more = dict(split.test_ood)
+    dropped = 0
     for name, source in sources.items():
         images = part_of(open_source(source, channels, size, number), "test").as_outliers()
-        more[name] = conform(images, channels, size)
-    return without_shared_images(replace(split, test_ood={**split.test_ood, **more}))[0]
+        images = conform(images, channels, size)
+        more[name] = unseen(images, seen)
+        dropped += len(images) - len(more[name])
+    split = replace(split, test_ood=more, dropped=split.dropped + dropped)
+    check_parts(split)
+    return split
 
 
 def split_images(data: DataConfig, parts: Parts, chosen: ClassSplit) -> OODSplit:
@@ -215,16 +256,29 @@ def check(data: DataConfig) -> None:
             raise ValueError(f"{key}: photos are for the test; expected another source")
         if kind == "digits-multilabel" and key != "data.name":
             raise ValueError(f"{key}: expected digits or KIND:PATH, got {source!r}")
+    for name in data.ood:
+        if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+            raise ValueError(
+                f"data.ood.{name}: expected a name of letters, digits, - and _ (not {', '.join(RESERVED)})"
+            )
     for key, source in sources.items():
-        if key.startswith("data.ood") and source in (data.outliers, data.name):
+        if key != "data.name" and source == "digits" and data.name in EMBEDDED:
+            raise ValueError(f"{key}: the ID images are digits; expected other images")
+        if key.startswith("data.ood") and source != "photos" and location(source) == location(data.outliers):
             raise ValueError(f"{key}: {source} is trained with; expected images that training never sees")
-    if data.outliers == data.name:
-        raise ValueError(f"data.outliers: {data.outliers} is the ID set; expected other images")
+        if key != "data.name" and location(source) == location(data.name):
+            raise ValueError(f"{key}: {source} is the ID set; expected other images")
+    if data.name == "digits-multilabel" and (data.size or data.channels):
+        raise ValueError(
+            "data.size, data.channels: digits-multilabel has its own, 20 pixels of one channel; expected 0"
+        )
     if not 0.01 <= data.validation <= 0.5:
         raise ValueError(f"data.validation: expected a share from 0.01 to 0.5, got {data.validation}")
     if data.channels not in (0, 1, 3):
         raise ValueError(f"data.channels: expected 1 or 3, or 0 for those of the ID set, got {data.channels}")
-    ranges = {"size": (0, 4096), "limit": (0, 2**40), "workers": (0, 256), "split": (0, 2**32)}
+    if data.size and not 8 <= data.size <= 4096:
+        raise ValueError(f"data.size: expected 8 to 4096 pixels, or 0 for those of the ID set, got {data.size}")
+    ranges = {"limit": (0, 2**40), "workers": (0, 256), "split": (0, 2**32)}
     for key, (low, high) in ranges.items():
         value = getattr(data, key)
         if value is not None and not low <= value <= high:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodkern.data.images import ArraySet, ImageSet
+from oodkern.data.images import ArraySet, FolderSet, ImageSet
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,16 @@ class OODSplit:
     multi_label: bool = False
     augmentation: str = "none"
     outlier_augmentation: str = "none"
+    dropped: int = 0  # images that stood in two parts and were left out of one
 
     def describe(self) -> str:
         ood = ", ".join(f"{len(images):,} {name}" for name, images in self.test_ood.items())
         kind = "labels" if self.multi_label else "classes"
+        dropped = f"; left out, being in two parts: {self.dropped:,}" if self.dropped else ""
         return (
             f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation and {len(self.test):,} "
             f"test images of {len(self.classes)} {kind}; {len(self.outliers):,} outliers to train with and "
-            f"{len(self.outlier_validation):,} to validate; test OOD {ood}"
+            f"{len(self.outlier_validation):,} to validate; test OOD {ood}{dropped}"
         )
 
 
@@ -56,7 +58,9 @@ class ClassSplit(NamedTuple):
 
 def generator_of(split: int | None, purpose: int) -> np.random.Generator:
     """Random numbers of a split (None: the fixed one), a sequence for each purpose."""
-    return np.random.Generator(np.random.Philox(key=[0 if split is None else split + 1, purpose]))
+    # The second word of the counter keeps these draws apart from those of the streams, whatever their keys.
+    key = [0 if split is None else split + 1, purpose]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 1, 0, 0]))
 
 
 def split_classes(count: int, sizes: Sequence[int], split: int | None) -> ClassSplit:
@@ -93,33 +97,42 @@ def hold_out(images: ImageSet, share: float, generator: np.random.Generator) -> 
     return images.select(torch.from_numpy(np.flatnonzero(~held))), images.select(torch.from_numpy(np.flatnonzero(held)))
 
 
-def digests(images: ImageSet) -> list[bytes]:
-    """A hash of the pixels of each image of a set in memory."""
-    if not isinstance(images, ArraySet):
-        return []
-    return [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.array.numpy()]
+def digests(images: ImageSet) -> list[Any]:
+    """What tells images apart: the pixels of those in memory, the path of a file."""
+    if isinstance(images, ArraySet):
+        return [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.array.numpy()]
+    if isinstance(images, FolderSet):
+        return [path.resolve() for path in images.paths]
+    return []
 
 
-def without_shared_images(split: OODSplit) -> tuple[OODSplit, int]:
-    """The split less the outliers that are test images or ID images, and less the test OOD images that were trained on.
+def unseen(images: ImageSet, seen: set[Any]) -> ImageSet:
+    """The images that are not among those seen."""
+    fresh = [i for i, digest in enumerate(digests(images)) if digest not in seen]
+    if not isinstance(images, ArraySet | FolderSet) or len(fresh) == len(images):
+        return images
+    return images.select(torch.tensor(fresh, dtype=torch.int64))
 
-    For sets in memory, by their pixels; returns how many were dropped. Three images of CIFAR-100 are in CIFAR-10.
+
+def seen_in(*parts: ImageSet) -> set[Any]:
+    return {digest for part in parts for digest in digests(part)}
+
+
+def without_shared_images(split: OODSplit) -> OODSplit:
+    """The split less the test OOD images that are ID images, and less the outliers that are ID or test images.
+
+    Images in memory are compared by their pixels (three images of CIFAR-100 are in CIFAR-10), files by their paths.
+    The training and the test part of the ID set are taken as they are.
     """
-    known = set(digests(split.train)) | set(digests(split.validation)) | set(digests(split.test))
-    dropped = 0
-
-    def keep(images: ImageSet, seen: set[bytes]) -> ImageSet:
-        nonlocal dropped
-        fresh = [i for i, digest in enumerate(digests(images)) if digest not in seen]
-        if not isinstance(images, ArraySet) or len(fresh) == len(images):
-            return images
-        dropped += len(images) - len(fresh)
-        return images.select(torch.tensor(fresh, dtype=torch.int64))
-
-    ood = {name: keep(images, known) for name, images in split.test_ood.items()}
-    seen = known.union(*(digests(images) for images in ood.values()))
-    outliers, outlier_validation = keep(split.outliers, seen), keep(split.outlier_validation, seen)
-    return replace(split, test_ood=ood, outliers=outliers, outlier_validation=outlier_validation), dropped
+    known = seen_in(split.train, split.validation, split.test)
+    ood = {name: unseen(images, known) for name, images in split.test_ood.items()}
+    seen = known | seen_in(*ood.values())
+    outliers, outlier_validation = unseen(split.outliers, seen), unseen(split.outlier_validation, seen)
+    before = [*split.test_ood.values(), split.outliers, split.outlier_validation]
+    dropped = sum(map(len, before)) - sum(map(len, [*ood.values(), outliers, outlier_validation]))
+    return replace(
+        split, test_ood=ood, outliers=outliers, outlier_validation=outlier_validation, dropped=split.dropped + dropped
+    )
 
 
 def at_most(images: ImageSet, limit: int, generator: np.random.Generator) -> ImageSet:

@@ -89,7 +89,7 @@ def stream(
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,
         # Its own generator: a loader would draw a seed from the global one, and resuming would draw once more.
-        generator=torch.Generator(),
+        generator=torch.Generator().manual_seed(hash((batches.seed, batches.stream, start)) % 2**63),
     )
     return relayed(loader)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import numpy as np
 from oodkern.config import ConfigError, TrainConfig, load_config
 from oodkern.tables import aligned, percent
 from oodkern.training.evaluation import Evaluation, best_of
-from oodkern.training.folder import environment
 from oodkern.training.run import Run
 from oodkern.training.trainer import train
 
@@ -75,6 +75,7 @@ class Comparison:
                 "seed": run.config.seed,
                 "accuracy": run.method.accuracy,
                 "by_score": {one.score_name: metrics_of(one) for one in judged},
+                "environment": json.loads((run.folder / "environment.json").read_text()),
                 "margins": {k: v for k, v in run.decided.items() if k.startswith("margin_")},
             }
         )
@@ -126,7 +127,6 @@ class Comparison:
     def as_dict(self, command: str) -> dict[str, Any]:
         return {
             "command": command,
-            "environment": environment(),
             "methods": self.methods,
             "splits": self.splits,
             "seeds": self.seeds,
@@ -177,12 +177,13 @@ def compare(
     Runs that are there already are taken as they are, or resumed, so that a comparison that was stopped goes on.
     Raises ConfigError before the first run where one of the configurations is wrong.
     """
+    seeds = list(dict.fromkeys(seeds))
     methods = [BASELINE, *(method for method in dict.fromkeys(methods) if method != BASELINE)]
     for key in ("method", "seed", "name", "data.split"):
         if any(one.split("=")[0] == key for one in overrides):
             raise ConfigError(f"{key}: compare sets it for each run; expected other keys")
-    if not any(one.startswith("output=") for one in overrides):
-        overrides = ["output=runs/compare", *overrides]
+    if load_config(path, overrides).output == TrainConfig.output:
+        overrides = [*overrides, "output=runs/compare"]
     configs = [
         load_config(path, [*overrides, *options(method, seed, split)])
         for split in splits

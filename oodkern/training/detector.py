@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from oodkern._errors import brief
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig, load_config
 from oodkern.data.images import read_image
@@ -44,7 +46,10 @@ class Detector:
         self.model = Classifier(
             build_model(config.model, channels, len(self.classes)), mean=(0.0,) * channels, std=(1.0,) * channels
         )
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # the configuration was edited since
+            raise ConfigError(f"model: not the one of the checkpoint ({brief(error)})") from None
         self.model.eval()
 
     @torch.no_grad()
@@ -68,4 +73,10 @@ def load_run(folder: Path | str, checkpoint: str = "last") -> Detector:
         raise ConfigError(f"checkpoint: expected last or best, got {checkpoint!r}")
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: expected the folder of a run, with a config.yaml")
-    return Detector(load_config(str(folder / "config.yaml")), read_checkpoint(folder / f"{checkpoint}.ckpt"))
+    state = read_checkpoint(folder / f"{checkpoint}.ckpt")
+    if not math.isfinite(state["threshold"]):
+        raise ConfigError(
+            f"{folder / checkpoint}.ckpt: the run stopped within an epoch, before its model was validated; go on with "
+            "it by `oodkern train ... --resume`, or take --checkpoint best"
+        )
+    return Detector(load_config(str(folder / "config.yaml")), state)

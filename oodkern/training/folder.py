@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 from dataclasses import asdict
@@ -18,10 +19,10 @@ from oodkern.training import files
 
 FORMAT = 1  # of the checkpoints
 OUTPUTS = (
+    "last.ckpt",  # the first to go: a folder with one has all that resuming needs
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
-    "last.ckpt",
     "best.ckpt",
     "scores.npz",
     "report.html",
@@ -61,18 +62,41 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
             if key not in FREE and old.get(key) != new.get(key):
                 raise ConfigError(
                     f"{key}: the run in {folder} has {old.get(key)!r}, got {new.get(key)!r}; resume it as it was, or "
-                    "give another name=..."
+                    "give another name=... or output=..."
                 )
         (folder / "not_finite.pt").unlink(missing_ok=True)
+        note_environment(folder, finished=state["stage"] == config.method and state["epoch"] >= config.epochs)
     else:
         state = None
+        keep(folder, resume or overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        (folder / "metrics.jsonl").touch()  # which tells a run's config.yaml from a person's
+        files.write_json(folder / "environment.json", environment())
     files.write_text(folder / "config.yaml", to_yaml(config))
-    files.write_json(folder / "environment.json", environment())
     return state
+
+
+def keep(folder: Path, asked: bool) -> None:
+    """Raises ConfigError where a fresh run would take the place of files that are not of one that was cut short."""
+    if (folder / "config.yaml").exists() and not (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder / 'config.yaml'} is not of a run, and would be overwritten; give another name=...")
+    results = [name for name in ("best.ckpt", "scores.npz", "report.html") if (folder / name).exists()]
+    if results and not asked:
+        raise ConfigError(f"{folder} holds {', '.join(results)} of a run: --overwrite starts anew, name=... keeps both")
+
+
+def note_environment(folder: Path, finished: bool) -> None:
+    """Adds this session's versions where a run goes on under others than it had; a finished one keeps its own."""
+    path = folder / "environment.json"
+    now = environment()
+    noted = json.loads(path.read_text()) if path.is_file() else dict(now)
+    latest = (noted.get("resumed") or [noted])[-1]
+    if not finished and any(latest.get(key) != value for key, value in now.items()):
+        noted.setdefault("resumed", []).append(now)
+        files.write_json(path, noted)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

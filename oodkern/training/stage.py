@@ -18,11 +18,7 @@ STREAMS = {"pretrain": (0, 1), "method": (2, 3)}  # numbers of the ID and the ou
 
 
 class NotFinite(Exception):
-    """The loss, its gradient or what the model makes of the data became NaN or infinite; `batch` is the culprit."""
-
-    def __init__(self, message: str, batch: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.batch = batch
+    """The loss, its gradient or what the model makes of the data became NaN or infinite."""
 
 
 def rate_at(step: int, steps: int, warmup: int, schedule: ScheduleConfig) -> float:
@@ -93,7 +89,8 @@ class Stage:
         self.dtype = DTYPES[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = 0
-        self.totals: dict[str, float] = {}  # of the epoch: sums over its steps
+        self.totals: dict[str, list[float]] = {}  # of the epoch: sums over its steps, and how many
+        self.batch: dict[str, Any] | None = None  # of the last step
         self._id_stream: Any = None
         self._outlier_stream: Any = None
 
@@ -134,22 +131,22 @@ class Stage:
         """One step; its loss, the loss's parts, and the norm of the gradient."""
         started = time.perf_counter()
         images, target, outliers = self.next_batch()
-        batch = {"images": images, "target": target, "outliers": outliers, "stage": self.name, "step": self.step + 1}
+        self.batch = {
+            "images": images,
+            "target": target,
+            "outliers": outliers,
+            "stage": self.name,
+            "step": self.step + 1,
+        }
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            parts = (
-                self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
-            )
-        except NotFinite as error:
-            error.batch = batch
-            raise
+        parts = self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optimizer.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         # float16 gradients may overflow: the scaler then leaves this step out and lowers its scale.
         if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < SMALLEST_SCALE):
-            raise NotFinite(f"the gradient's norm is {norm} at step {self.step + 1} of {self.name}", batch)
+            raise NotFinite(f"the gradient's norm is {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate_at(self.step, self.steps, self.warmup, self.config.schedule)
         self.scaler.step(self.optimizer)
@@ -159,7 +156,8 @@ class Stage:
             parts["gradient_norm"] = norm
         parts["seconds"] = time.perf_counter() - started
         for name, value in parts.items():
-            self.totals[name] = self.totals.get(name, 0.0) + value
+            total, count = self.totals.get(name, (0.0, 0))
+            self.totals[name] = [total + value, count + 1]
         return parts
 
     @property
@@ -194,15 +192,14 @@ class Stage:
     def backward(self, value: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
         loss = value.item()
         if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss} at step {self.step + 1} of {self.name}")
+            raise NotFinite(f"the loss is {loss}")
         if value.requires_grad:  # of a part that the loss says nothing about it does not
             self.scaler.scale(value).backward()
         return {"loss": loss} | {name: float(part) for name, part in parts.items()}
 
     def means(self) -> dict[str, float]:
-        """Means over the epoch's steps, and images per second; the sums start anew."""
-        steps = self.step - (self.epoch - 1) * self.steps_per_epoch
-        means = {name: total / steps for name, total in self.totals.items()}
+        """Means over the epoch's steps (those that had the part), and images per second; the sums start anew."""
+        means = {name: total / count for name, (total, count) in self.totals.items()}
         self.totals = {}
         return means | {"images_per_second": self.images_per_step / max(means.pop("seconds"), 1e-9)}
 

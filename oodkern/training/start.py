@@ -9,10 +9,9 @@ import torch
 from oodkern._errors import brief
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
-from oodkern.data import OODSplit
+from oodkern.data import ImageSet, OODSplit
 from oodkern.models import build_model
 from oodkern.training import files
-from oodkern.training.evaluation import SAMPLE
 
 
 def find_device(name: str) -> torch.device:
@@ -26,16 +25,26 @@ def find_device(name: str) -> torch.device:
 
 def build_classifier(config: TrainConfig, split: OODSplit) -> Classifier:
     """The model of a configuration, its images normalised by the training images' mean and deviation."""
-    sample = split.train.images(torch.arange(0, len(split.train), max(len(split.train) // SAMPLE, 1)))
-    mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3)).clamp_min(1e-3)
+    mean, std = statistics(split.train)
     try:
-        model = build_model(config.model, sample.shape[1], len(split.classes))
+        model = build_model(config.model, len(mean), len(split.classes))
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None
-    classifier = Classifier(model, mean=mean.tolist(), std=std.tolist())
+    classifier = Classifier(model, mean=mean, std=std)
     if config.pretrain.checkpoint:
         load_weights(classifier, Path(config.pretrain.checkpoint))
     return classifier
+
+
+def statistics(images: ImageSet, limit: int = 2000, batch_size: int = 256) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of `limit` images evenly spaced."""
+    count = min(limit, len(images))
+    total = square = torch.zeros((), dtype=torch.float64)
+    for indices in (torch.arange(count) * len(images) // count).split(batch_size):
+        pixels = images.images(indices).double()
+        share = len(pixels) / count
+        total, square = total + share * pixels.mean((0, 2, 3)), square + share * pixels.square().mean((0, 2, 3))
+    return total.tolist(), (square - total.square()).clamp_min(0).sqrt().clamp_min(1e-3).tolist()
 
 
 def load_weights(classifier: Classifier, path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit, build_split
+from oodkern.data.sources import OWN
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
 from oodkern.metrics import auroc, threshold_at_recall
@@ -56,7 +58,9 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     device = find_device(config.device)
-    if split is None:
+    if split is not None:
+        config = replace(config, data=replace(config.data, name=f"{OWN}:{split.name}"))
+    else:
         try:
             split = build_split(config.data)
         except ValueError as error:
@@ -107,9 +111,8 @@ class Trainer:
             self.train_stage("pretrain", model, ClassificationLoss(multi_label=split.multi_label), False, state)
             state = None
             self.baseline = copy.deepcopy(model)
-            self.decided = self.method.decide(
-                logits_of(model, split.train, limit=SAMPLE), logits_of(model, split.outliers, limit=SAMPLE)
-            )
+            starting = [self.logits(model, images, limit=SAMPLE) for images in (split.train, split.outliers)]
+            self.decided = self.method.decide(*starting)
             if self.decided:
                 self.lines.write(stage="decided", **self.decided)
         if self.decided:
@@ -152,12 +155,12 @@ class Trainer:
             while stage.step < stage.steps:
                 try:
                     parts = stage.advance()
+                    bar.set_postfix(shown(parts, stage), refresh=False)
+                    bar.update()
+                    if stage.at_epoch_end:
+                        self.end_epoch(stage)
                 except NotFinite as error:
-                    raise self.keep_batch(error) from None
-                bar.set_postfix(shown(parts, stage), refresh=False)
-                bar.update()
-                if stage.at_epoch_end:
-                    self.end_epoch(stage)
+                    raise self.keep_batch(error, stage) from None
                 if stage.at_epoch_end or interrupt.asked or (every and stage.step % every == 0):
                     self.save(stage)
                 if interrupt.asked:
@@ -178,7 +181,8 @@ class Trainer:
 
         Never a look at the test: what is chosen by these numbers, best.ckpt and the threshold, is judged on others.
         """
-        known, unknown = (self.logits(stage, one) for one in (self.split.validation, self.split.outlier_validation))
+        parts = self.split.validation, self.split.outlier_validation
+        known, unknown = (self.logits(stage.model, images) for images in parts)
         scores = self.method.score(known), self.method.score(unknown)
         self.threshold = threshold_at_recall(scores[0])
         return {
@@ -186,17 +190,18 @@ class Trainer:
             "validation_auroc": auroc(*scores),
         }
 
-    def logits(self, stage: Stage, images: ImageSet) -> Tensor:
-        logits = logits_of(stage.model, images)
+    def logits(self, model: nn.Module, images: ImageSet, limit: int = 0) -> Tensor:
+        logits = logits_of(model, images, limit=limit)
         if not logits.isfinite().all():  # the last step can diverge after its loss was looked at
-            raise NotFinite(f"the model's logits are not finite after step {stage.step} of {stage.name}")
+            raise NotFinite("the model's logits are not finite")
         return logits
 
-    def keep_batch(self, error: NotFinite) -> NotFinite:
+    def keep_batch(self, error: NotFinite, stage: Stage) -> NotFinite:
+        """Saves the batch of the last step, and says where."""
+        assert stage.batch is not None
         path = self.config.folder / "not_finite.pt"
-        assert error.batch is not None
-        files.save_checkpoint(path, error.batch)
-        return NotFinite(f"{error}; the batch is in {path}", error.batch)
+        files.save_checkpoint(path, stage.batch)
+        return NotFinite(f"{error}, at step {stage.batch['step']} of {stage.name}; the batch is in {path}")
 
     @property
     def seconds(self) -> float:
@@ -213,7 +218,8 @@ class Trainer:
             "shape": list(self.split.train.shape),
             "multi_label": self.split.multi_label,
             "score": self.method.score_name,
-            "threshold": self.threshold,
+            # Of the weights as they were validated: within an epoch there is none.
+            "threshold": self.threshold if stage.at_epoch_end else float("nan"),
         }
 
     def save_best(self, stage: Stage) -> None:

@@ -14,7 +14,7 @@ from formats import (
     write_mnist,
 )
 
-from oodkern.data import DataConfig, DataError, build_split, open_source
+from oodkern.data import DataConfig, DataError, build_split, open_source, read_image
 from oodkern.data.readers import read_cifar, read_folder, read_idx, read_idx_folder
 
 generator = np.random.default_rng(0)
@@ -44,9 +44,10 @@ def test_emnist_is_transposed_and_its_labels_begin_at_one(tmp_path):
     images = pixels(4, 6, 6)
     write_mnist(tmp_path, images, np.array([1, 2, 2, 1]), "emnist-letters-test")
     parts = open_source(f"emnist:{tmp_path}", 1, 6)
-    torch.testing.assert_close(all_of(parts["test"]), torch.from_numpy(images).transpose(1, 2).unsqueeze(1) / 255)
-    assert parts["test"].labels.tolist() == [0, 1, 1, 0]
-    assert parts["test"].classes == ("1", "2")
+    assert set(parts) == {"all"}, "a lone part is no test of what is trained on it"
+    torch.testing.assert_close(all_of(parts["all"]), torch.from_numpy(images).transpose(1, 2).unsqueeze(1) / 255)
+    assert parts["all"].labels.tolist() == [0, 1, 1, 0]
+    assert parts["all"].classes == ("1", "2")
 
 
 def test_damaged_idx_files_are_named(tmp_path):
@@ -62,9 +63,22 @@ def test_damaged_idx_files_are_named(tmp_path):
             read_idx(path)
     zipped = tmp_path / "y.gz"
     write_idx(zipped, pixels(50, 9, 9))
-    zipped.write_bytes(zipped.read_bytes()[:-40])
-    with pytest.raises(DataError, match=r"y\.gz: damaged gzip"):
-        read_idx(zipped)
+    whole = zipped.read_bytes()
+    for content in (whole[:-40], whole[:30] + bytes(40) + whole[70:], b"no gzip"):
+        zipped.write_bytes(content)
+        with pytest.raises(DataError, match=r"y\.gz: damaged gzip"):
+            read_idx(zipped)
+    with pytest.raises(DataError, match="nothing: No such file"):
+        read_idx(tmp_path / "nothing")
+
+
+def test_files_unpacked_beside_their_archives(tmp_path):
+    """As torchvision leaves them."""
+    images = pixels(12, 5, 5)
+    for ending in ("", ".gz"):
+        write_mnist(tmp_path, images, np.arange(12) % 3, "train", ending)
+        write_mnist(tmp_path, images[:6], np.arange(6) % 3, "t10k", ending)
+    assert {part: len(one) for part, one in read_idx_folder(tmp_path).items()} == {"train": 12, "test": 6}
 
 
 def test_idx_folders_that_are_not_whole(tmp_path):
@@ -158,6 +172,90 @@ def test_folders(tmp_path):
     assert parts["train"].images(torch.tensor([1, 2])).shape == (2, 3, 9, 9)
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_names_of_the_test_part(tmp_path, name):
+    for part in ("train", name):
+        for kind in ("a", "b"):
+            write_image(tmp_path / part / kind / "1.png", pixels(8, 8))
+    assert {part: one.classes for part, one in read_folder(tmp_path).items()} == dict.fromkeys(
+        ("train", "test"), ("a", "b")
+    )
+
+
+def test_only_a_training_part_links_and_hidden_folders(tmp_path):
+    write_image(tmp_path / "elsewhere" / "1.png", pixels(8, 8))
+    for kind in ("a", "b", ".ipynb_checkpoints"):
+        write_image(tmp_path / "set" / "train" / kind / "1.png", pixels(8, 8))
+    write_image(tmp_path / "set" / "train" / "a" / ".thumbnail.png", pixels(8, 8))
+    (tmp_path / "set" / "train" / "linked").symlink_to(tmp_path / "elsewhere")
+    parts = read_folder(tmp_path / "set", size=8)
+    assert set(parts) == {"all"}
+    assert parts["all"].classes == ("a", "b", "linked")
+    assert len(parts["all"]) == 3
+
+
+def test_modes_of_images(tmp_path):
+    """16 bits are scaled, not cut off; cameras' turns are undone; colours, palettes and transparency are read."""
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    torch.testing.assert_close(
+        read_image(tmp_path / "deep.png", 1, 8)[0], torch.from_numpy(ramp / 65535).float(), rtol=0, atol=2e-3 + 1 / 510
+    )
+    colour = pixels(8, 8, 3)
+    image = Image.fromarray(colour)
+    expected = torch.from_numpy(colour).permute(2, 0, 1) / 255
+    turned, tags = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    tags[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=tags)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    for name in ("turned", "alpha"):
+        torch.testing.assert_close(read_image(tmp_path / f"{name}.png", 3, 8), expected, rtol=0, atol=0)
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.gif")
+    assert (read_image(tmp_path / "palette.gif", 3, 8) - expected).abs().max() < 0.1
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float\.tiff: expected 8 or 16 bits a pixel"):
+        read_image(tmp_path / "float.tiff", 1, 8)
+
+
+def test_damaged_images_of_every_kind(tmp_path):
+    """Whatever Pillow raises, the file is named."""
+    from PIL import Image
+
+    draws, named = np.random.default_rng(1), 0
+    for ending in ("png", "ppm", "tiff", "jpg", "bmp", "gif"):
+        Image.fromarray(pixels(12, 12, 3)).save(tmp_path / f"whole.{ending}")
+        content = (tmp_path / f"whole.{ending}").read_bytes()
+        for _ in range(40):
+            damaged = bytearray(content[: draws.integers(1, len(content) + 1)])
+            for at in draws.integers(0, min(len(damaged), 60), 4):
+                damaged[at] = draws.integers(256)
+            path = tmp_path / f"damaged.{ending}"
+            path.write_bytes(damaged)
+            try:
+                read_image(path, 3, 8)
+            except DataError as error:
+                named += str(path) in str(error)
+    assert named > 50
+
+
+def test_cifar_files_that_are_not_whole(tmp_path):
+    names = [f"c{i}" for i in range(10)]
+    write_cifar10_python(tmp_path, [cifar(2, 10)] * 5, cifar(2, 10), names)
+    (tmp_path / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))  # text, as Python 3 writes it
+    assert read_cifar(tmp_path, 10)["train"].classes == tuple(names)
+    (tmp_path / "data_batch_2").write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}))
+    with pytest.raises(DataError, match="data_batch_2: expected an entry 'labels', got data"):
+        read_cifar(tmp_path, 10)
+    (tmp_path / "data_batch_2").write_bytes(pickle.dumps({b"data": np.zeros((2, 7), np.uint8), b"labels": [0, 1]}))
+    with pytest.raises(DataError, match=r"expected pixels \[N, 3072\] and integer labels"):
+        read_cifar(tmp_path, 10)
+    (tmp_path / "data_batch_2").unlink()
+    with pytest.raises(DataError, match="data_batch_2: No such file"):
+        read_cifar(tmp_path, 10)
+
+
 def test_a_folder_without_parts_or_classes(tmp_path):
     for i in range(3):
         write_image(tmp_path / f"{i}.png", pixels(8, 8))
@@ -189,7 +287,7 @@ def test_real_fashion_mnist_with_letters(real_data):
     assert len(split.test_ood["mnist"]) == 10_000
     assert set(split.test_ood) == {"mnist"}
     # Letters stand upright: most of an I, in its middle rows, is in the middle columns.
-    letters = open_source(f"emnist:{real_data / 'emnist_letters'}", 1, 28)["test"]
+    letters = open_source(f"emnist:{real_data / 'emnist_letters'}", 1, 28)["all"]
     i = letters.images((letters.labels == 8).nonzero().flatten()).mean(0)[0]
     assert i[8:20].sum(0).argmax() in range(11, 17)
     assert i[:, 11:17].sum() > 1.5 * i[11:17].sum()

@@ -9,7 +9,8 @@ from formats import write_image, write_mnist
 
 from oodkern.config import ConfigError, load_config
 from oodkern.data import ArraySet, DataConfig, DataError, OODSplit, SampleSet, build_split
-from oodkern.data.embedded import read_digits
+from oodkern.data.embedded import compose, read_digits
+from oodkern.data.sources import with_more_ood
 from oodkern.data.split import hold_out, split_classes, without_shared_images
 
 
@@ -152,10 +153,11 @@ def test_shared_images_are_dropped():
         )
 
     _, split = shared_split(near=mixed(3, 4), outliers=mixed(5, 6, 7), outlier_validation=mixed(3, 4))
-    cleaned, dropped = without_shared_images(split)
+    cleaned = without_shared_images(split)
     # Of outlier_validation the remaining image is near's remaining one too.
     assert [len(part) for part in (cleaned.test_ood["near"], cleaned.outliers, cleaned.outlier_validation)] == [1, 1, 0]
-    assert dropped == 2 + 3 + 3
+    assert cleaned.dropped == 2 + 3 + 3
+    assert "left out, being in two parts: 8" in cleaned.describe()
 
 
 def test_a_class_split_of_a_set_from_disk(tmp_path):
@@ -194,7 +196,9 @@ def test_outliers_that_are_the_id_images(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     for name in ("one", "other"):
         write_mnist(tmp_path / name, images, np.arange(60) % 3)
-    with pytest.raises(DataError, match="other: every outlier is an ID image"):
+    with pytest.raises(
+        DataError, match=r"one: expected outliers to train with, and there are none \(60 images were left out"
+    ):
         build_split(
             DataConfig(name=f"idx:{tmp_path / 'one'}", outliers=f"idx:{tmp_path / 'other'}", ood={"far": "photos"})
         )
@@ -206,7 +210,16 @@ def test_outliers_that_are_the_id_images(tmp_path):
         (["data.name=cifar"], "data.name: expected digits, photos or KIND:PATH"),
         (["data.name=photos"], "data.name: photos are for the test"),
         (["data.outliers=folder:/a", "data.ood.near=folder:/a"], "data.ood.near: folder:/a is trained with"),
-        (["data.outliers=digits"], "data.outliers: digits is the ID set"),
+        (["data.outliers=digits"], "data.outliers: the ID images are digits; expected other images"),
+        (["data.outliers=folder:/a", "data.ood.x=folder:/a/b/.."], "data.ood.x: folder:/a/b/.. is trained with"),
+        (["data.name=folder:/a", "data.outliers=folder:/a/"], "data.outliers: folder:/a/ is the ID set"),
+        (["data.name=folder:/a", "data.ood.x=folder:/a"], "data.ood.x: folder:/a is the ID set"),
+        (["data.name=digits-multilabel", "data.ood.x=digits"], "data.ood.x: the ID images are digits"),
+        (["data.name=digits-multilabel", "data.size=16"], "data.size, data.channels: digits-multilabel has its own"),
+        (["data.size=1"], "data.size: expected 8 to 4096 pixels, or 0"),
+        (["data.ood.id=photos"], "data.ood.id: expected a name of letters, digits"),
+        (["data.ood.file=photos"], "data.ood.file: expected a name of letters, digits"),
+        (["data.ood._x=photos"], "data.ood._x: expected a name of letters, digits"),
         (["data.validation=0.9"], "data.validation: expected a share from 0.01 to 0.5, got 0.9"),
         (["data.channels=2"], "data.channels: expected 1 or 3"),
         (["data.workers=-1"], "data.workers: expected a number from 0 to 256, got -1"),
@@ -218,6 +231,83 @@ def test_mistakes_name_the_key(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
     assert message in str(caught.value)
+
+
+def test_other_sources_do_not_take_the_place_of_the_held_out_classes():
+    assert set(build_split(DataConfig(ood={"patches": "photos"})).test_ood) == {"near", "far", "patches"}
+    with pytest.raises(ValueError, match=r"data\.ood\.near: the held-out classes have that name"):
+        build_split(DataConfig(ood={"near": "photos"}))
+
+
+def test_a_lone_part_is_split_and_not_tested_on_itself(tmp_path):
+    write_mnist(
+        tmp_path, np.random.default_rng(0).integers(0, 256, (90, 9, 9), dtype=np.uint8), np.arange(90) % 3, "t10k"
+    )
+    split = build_split(DataConfig(name=f"idx:{tmp_path}", outliers="digits", ood={"far": "photos"}))
+    assert not rows(split.test) & (rows(split.train) | rows(split.validation))
+    assert len(split.test) == 27
+
+
+def test_files_in_two_folders_of_the_same_path(tmp_path):
+    """A folder within another one: its images are ID images, whatever it is given as."""
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        write_image(tmp_path / "set" / "abcd"[i % 4] / f"{i}.png", generator.integers(0, 256, (8, 8), dtype=np.uint8))
+    for i in range(10):
+        write_image(tmp_path / "out" / "x" / f"{i}.png", generator.integers(0, 256, (8, 8), dtype=np.uint8))
+    data = DataConfig(name=f"folder:{tmp_path / 'set'}", outliers=f"folder:{tmp_path / 'out'}", ood={"far": "photos"})
+    assert build_split(data).dropped == 0
+    data.ood["inside"] = f"folder:{tmp_path / 'set' / 'a'}"
+    with pytest.raises(
+        DataError, match=r"expected OOD images of 'inside', and there are none \(10 images were left out"
+    ):
+        build_split(data)
+    data.ood["inside"] = f"folder:{tmp_path}"
+    with pytest.raises(DataError, match="expected outliers to train with, and there are none"):
+        build_split(data)  # those of out are tested with, and are then no outliers
+
+
+def test_further_sets_are_cleared_of_what_was_trained_with(tmp_path):
+    for name, seed in (("id", 0), ("out", 1), ("copy", 1), ("new", 2)):
+        images = np.random.default_rng(seed).integers(0, 256, (60, 9, 9), dtype=np.uint8)
+        write_mnist(tmp_path / name, images, np.arange(60) % 3)
+    split = build_split(
+        DataConfig(name=f"idx:{tmp_path / 'id'}", outliers=f"idx:{tmp_path / 'out'}", ood={"far": "photos"})
+    )
+    more = with_more_ood(split, {"new": f"idx:{tmp_path / 'new'}"}, None)
+    assert {name: len(one) for name, one in more.test_ood.items()} == {"far": 360, "new": 60}
+    assert len(more.outliers) == len(split.outliers)
+    with pytest.raises(DataError, match="expected OOD images of 'copy', and there are none"):
+        with_more_ood(split, {"copy": f"idx:{tmp_path / 'copy'}"}, None)
+
+
+def test_parts_without_images_are_named(tmp_path):
+    write_mnist(tmp_path, np.random.default_rng(0).integers(0, 256, (400, 9, 9), dtype=np.uint8), np.arange(400) % 4)
+    data = DataConfig(name=f"idx:{tmp_path}", outliers="digits", ood={"far": "photos"}, limit=1)
+    with pytest.raises(DataError, match="expected ID images to validate with, and there are none"):
+        build_split(data)
+
+
+def test_the_number_of_a_split_decides_its_images_too():
+    """Not the classes alone: a class that two splits know has other images in their tests."""
+    one, other = (build_split(DataConfig(split=number)) for number in (3, 4))
+    common = set(one.classes) & set(other.classes)
+    assert common
+    for name in common:
+        tests = [
+            rows(s.test.select((s.test.labels == s.classes.index(name)).nonzero().flatten())) for s in (one, other)
+        ]
+        assert tests[0] != tests[1]
+
+
+def test_canvases_of_a_class_without_digits():
+    """The columns of the labels stay where they are."""
+    digits = read_digits()
+    some = digits.select((digits.labels != 1).nonzero().flatten()[:200])
+    canvases = compose(some, True, np.random.default_rng(0))
+    assert canvases.labels.shape == (400, 10)
+    assert canvases.labels[:, 1].sum() == 0
+    assert (canvases.labels.sum(0) > 0).sum() == 9
 
 
 def test_a_source_that_is_not_there():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from oodkern.config import ConfigError, load_config
-from oodkern.training import train
+from oodkern.training import load_run, train
 from oodkern.training.files import JSONLines, load_checkpoint, read_json_lines
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
 
@@ -135,6 +135,91 @@ def test_resuming_in_16_bits(short, monkeypatch, precision):
     check_the_same(resumed.folder, whole)
     state = load_checkpoint(resumed.folder / "last.ckpt")["training"]["scaler"]
     assert bool(state) == (precision == "fp16")
+
+
+def test_the_best_epoch_is_remembered(short, monkeypatch):
+    """A later epoch that is worse than the best one before the stop does not take its place."""
+    from oodkern.training.trainer import Trainer
+
+    values = {1: 0.9, 2: 0.95, 3: 0.7, 4: 0.8}
+
+    def validate(self, stage):
+        self.threshold = 0.0
+        return {"validation_accuracy": 0.5, "validation_auroc": values.get(stage.epoch, 0.1)}
+
+    save, options = Trainer.save, ("name=r", "epochs=4", "model.width=4")
+
+    def stop(self, stage):
+        save(self, stage)
+        if stage.kind == "method" and stage.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(short(*options), log=silent, report=False)
+    monkeypatch.setattr(Trainer, "save", save)
+    run = train(short(*options), log=silent, report=False, resume=True)
+    assert load_checkpoint(run.folder / "best.ckpt")["epoch"] == 2
+
+
+def test_a_run_that_stopped_within_an_epoch_judges_nothing(short, monkeypatch):
+    """Its threshold would be of other weights, or of none."""
+    from oodkern.training.stage import Stage
+
+    advance = Stage.advance
+
+    def stop(self):
+        if self.kind == "method" and self.step == 14:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    monkeypatch.setattr(Stage, "advance", stop)
+    config = short("name=r", "checkpoint_steps=1")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, log=silent, report=False)
+    with pytest.raises(ConfigError, match=r"r/last\.ckpt: the run stopped within an epoch.*--checkpoint best"):
+        load_run(config.folder)
+    assert load_run(config.folder, "best").epoch == 1
+    monkeypatch.setattr(Stage, "advance", advance)
+    train(config, log=silent, report=False, resume=True)
+    assert load_run(config.folder).epoch == 2
+
+
+def test_what_a_folder_holds_is_not_lost(short):
+    """Neither the results of a run whose last.ckpt is gone, nor a configuration that a person wrote."""
+    config = short("name=r")
+    train(config, log=silent, report=False)
+    (config.folder / "last.ckpt").unlink()
+    with pytest.raises(ConfigError, match=r"r holds best\.ckpt, scores\.npz of a run: --overwrite starts anew"):
+        train(config, log=silent, report=False)
+    assert (config.folder / "best.ckpt").is_file()
+    train(config, log=silent, report=False, overwrite=True)
+
+    config = short("name=mine")
+    config.folder.mkdir()
+    (config.folder / "config.yaml").write_text("# my notes\nmethod: energy\n")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(ConfigError, match=r"mine/config\.yaml is not of a run, and would be overwritten"):
+            train(config, log=silent, report=False, **options)
+    assert "my notes" in (config.folder / "config.yaml").read_text()
+
+
+def test_environments_are_noted(short, monkeypatch):
+    """A run that goes on under other versions says so; a finished one keeps those it was made with."""
+    config = short("name=r")
+    train(config, log=silent, report=False)
+    path = config.folder / "environment.json"
+    first = json.loads(path.read_text())
+    monkeypatch.setattr("oodkern.training.folder.environment", lambda: {**first, "torch": "9.9"})
+    train(config, log=silent, report=False, resume=True)
+    assert json.loads(path.read_text()) == first
+    state = load_checkpoint(config.folder / "last.ckpt")
+    torch.save({**state, "epoch": 1}, config.folder / "last.ckpt")
+    for _ in range(2):
+        train(config, log=silent, report=False, resume=True)
+        torch.save({**state, "epoch": 1}, config.folder / "last.ckpt")
+    assert json.loads(path.read_text()) == {**first, "resumed": [{**first, "torch": "9.9"}]}
 
 
 def test_a_finished_run_is_judged_again(short, whole):

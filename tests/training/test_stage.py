@@ -184,6 +184,36 @@ def test_clipping(digits, short):
         torch.testing.assert_close(one / 4, other, rtol=1e-4, atol=1e-8)
 
 
+def test_clipping_sees_the_gradient_and_not_its_scaled_copy(digits, short):
+    """The scaler multiplies float16 gradients by 65,536."""
+    plain, halves = (stage_of(digits, short(f"precision={precision}")) for precision in ("fp32", "fp16"))
+    expected = plain.advance()["gradient_norm"]
+    assert halves.advance()["gradient_norm"] == pytest.approx(expected, rel=0.05)
+    clipped = stage_of(digits, short("precision=fp16", f"optimizer.clip_norm={expected / 4}"))
+    clipped.advance()
+    assert torch.cat([grad.flatten() for grad in gradients(clipped)]).norm() == pytest.approx(expected / 4, rel=0.05)
+
+
+def test_each_stage_has_its_learning_rate(digits, short):
+    config = short("optimizer.lr=0.02", "pretrain.lr=0.3", "epochs=1", "pretrain.epochs=3")
+    for kind, lr, steps in (("method", 0.02, 10), ("pretrain", 0.3, 30)):
+        stage = Stage(kind, config, digits, SmallCNN(1, 6, 4), ClassificationLoss(), False, CPU)
+        stage.advance()
+        assert stage.optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+        assert stage.steps == steps
+    assert stage.optimizer.defaults["nesterov"]
+    assert not stage_of(digits, short("optimizer.momentum=0")).optimizer.defaults["nesterov"]
+
+
+def test_means_are_of_the_steps_that_had_the_part(digits, short):
+    """A step that float16 left out has no gradient norm, and does not count as one of zero."""
+    stage = stage_of(digits, short("precision=fp16"))
+    stage.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    norms = [parts["gradient_norm"] for parts in (stage.advance() for _ in range(10)) if "gradient_norm" in parts]
+    assert 0 < len(norms) < 10
+    assert stage.means()["gradient_norm"] == pytest.approx(sum(norms) / len(norms))
+
+
 def test_schedules():
     cosine = [rate_at(step, 100, 0, ScheduleConfig()) for step in range(101)]
     assert cosine[0] == 1

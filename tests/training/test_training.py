@@ -1,6 +1,7 @@
 """The run itself: what it writes, that it repeats, that it helps, how it stops."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from oodkern.data import ArraySet, OODSplit
 from oodkern.losses import EnergyLoss
 from oodkern.methods import METHODS, as_score
 from oodkern.methods.energy import EnergyOptions, auto_margins
-from oodkern.metrics import threshold_at_recall
+from oodkern.metrics import auroc, threshold_at_recall
 from oodkern.models import SmallCNN
 from oodkern.training import NotFinite, evaluate, files, load_run, train
 from oodkern.training.evaluation import logits_of
@@ -110,6 +111,70 @@ def test_threshold_accepts_95_percent_of_the_validation_images(runs):
     assert 0.95 <= float((scores <= run.threshold).float().mean()) < 0.97
 
 
+def test_the_test_images_choose_nothing(short, digits):
+    """Whatever they are, threshold, best.ckpt and every logged number of the training stay the same."""
+    test = ArraySet(torch.rand(30, 1, 8, 8), torch.arange(30) % 6, digits.classes)
+    ood = {"near": ArraySet(torch.rand(20, 1, 8, 8), torch.full((20,), -1))}
+    found = []
+    for name, split in (("a", digits), ("b", replace(digits, test=test, test_ood=ood))):
+        run = train(short(f"name={name}", "epochs=4"), log=silent, report=False, split=split)
+        lines = [r for r in run.history if r["stage"] != "result"]
+        best = load_checkpoint(run.folder / "best.ckpt")
+        for line in lines:
+            line.pop("images_per_second", None)
+        found.append((lines, run.threshold, best["epoch"], best["model"]["model.fc.weight"].tolist()))
+    assert found[0] == found[1]
+
+
+def test_validation_is_of_the_held_out_images(runs):
+    run, _ = runs["energy"]
+    last = [r for r in run.history if r["stage"] == "energy" and "epoch" in r][-1]
+    known, unknown = (logits_of(run.model, one) for one in (run.split.validation, run.split.outlier_validation))
+    assert last["validation_auroc"] == auroc(energy(known), energy(unknown))
+    assert last["validation_accuracy"] == float((known.argmax(-1) == run.split.validation.labels).double().mean())
+
+
+def test_images_are_normalised_by_the_training_images(runs):
+    run, _ = runs["energy"]
+    images = run.split.train.images(torch.arange(len(run.split.train)))
+    assert float(run.model.mean) == pytest.approx(float(images.mean()), rel=1e-4)
+    assert float(run.model.std) == pytest.approx(float(images.std()), rel=1e-3)
+    normalised = run.model.normalize(images)
+    assert float(normalised.mean()) == pytest.approx(0, abs=1e-3)
+
+
+def test_ood_is_strictly_above_the_threshold(runs):
+    run, _ = runs["energy"]
+    detector = load_run(run.folder)
+    images = run.split.test.images(torch.arange(20))
+    scores = detector.predict(images).score
+    detector.threshold = float(scores[7])
+    assert torch.equal(detector.predict(images).is_ood, scores > scores[7])
+    assert not detector.predict(images).is_ood[7]
+    with pytest.raises(ValueError, match=r"images: expected \[N, 1, 8, 8\], got \[3, 1, 9, 9\]"):
+        detector.predict(torch.rand(3, 1, 9, 9))
+
+
+def test_an_edited_configuration_is_not_the_models(short):
+    run = train(short("name=r"), log=silent, report=False)
+    path = run.folder / "config.yaml"
+    path.write_text(path.read_text().replace("width: 0", "width: 5"))
+    with pytest.raises(ConfigError, match="model: not the one of the checkpoint"):
+        load_run(run.folder)
+
+
+def test_a_starting_model_that_is_not_finite(short):
+    run = train(short("name=r"), log=silent, report=False)
+    state = {key.removeprefix("model."): value * torch.nan for key, value in run.model.state_dict().items()
+             if key.startswith("model.") and value.is_floating_point()}  # fmt: skip
+    whole = run.model.model.state_dict() | state
+    torch.save(whole, run.folder / "nan.pt")
+    config = load_config(None, [f"output={run.folder}", "name=s", f"pretrain.checkpoint={run.folder / 'nan.pt'}"])
+    assert config.pretrain.epochs == 0
+    with pytest.raises(NotFinite, match="the model's logits are not finite"):
+        train(config, log=silent, report=False)
+
+
 def test_repeats_bit_for_bit_and_needs_no_report(short):
     results = []
     for name in ("a", "b"):
@@ -157,6 +222,13 @@ def test_images_of_your_own(short):
     run = train(short(), log=silent, report=False, split=split)
     assert run.method.accuracy > 0.9
     assert set(run.method.ood) == {"dark"}
+    assert load_run(run.folder).classes == ("whole", "half")
+    config = load_config(str(run.folder / "config.yaml"))
+    assert config.data.name == "python:mine"
+    with pytest.raises(ConfigError, match="the images of python:mine were given by a program"):
+        train(config, log=silent, resume=True)
+    again = train(short(), log=silent, report=False, split=split, resume=True)
+    assert again.method.ood == run.method.ood
 
 
 def test_not_finite_stops_and_saves_the_batch(short, monkeypatch):
@@ -167,7 +239,7 @@ def test_not_finite_stops_and_saves_the_batch(short, monkeypatch):
 
     monkeypatch.setattr(METHODS["energy"], "build_loss", lambda self, decided: Diverging())
     config = short()
-    with pytest.raises(NotFinite, match=r"the loss is nan at step 1 of energy; the batch is in .*not_finite\.pt"):
+    with pytest.raises(NotFinite, match=r"the loss is nan, at step 1 of energy; the batch is in .*not_finite\.pt"):
         train(config, log=silent)
     saved = load_checkpoint(config.folder / "not_finite.pt")
     assert saved["images"].shape == (64, 1, 8, 8)
@@ -185,7 +257,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_ruins_the_model(short, mo
 
     monkeypatch.setattr(METHODS["energy"], "build_loss", lambda self, decided: Rooted())
     config = short()
-    with pytest.raises(NotFinite, match=r"the gradient's norm is (nan|inf) at step 1 of energy; the batch is in"):
+    with pytest.raises(NotFinite, match=r"the gradient's norm is (nan|inf), at step 1 of energy; the batch is in"):
         train(config, log=silent)
     state = load_checkpoint(config.folder / "last.ckpt")["model"]
     assert all(value.isfinite().all() for value in state.values())
