@@ -1,10 +1,11 @@
-"""Writers of the formats that oodkern reads, from their published descriptions."""
+"""Writers of the formats that oodkern reads, from their published descriptions; and readers of what it made of them."""
 
 import gzip
 import pickle
 import struct
 
 import numpy as np
+import torch
 
 
 def write_idx(path, array):
@@ -53,3 +54,22 @@ def write_image(path, pixels):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def all_of(images):
+    return images.images(torch.arange(len(images)))
+
+
+def rows(images):
+    return {tuple(image) for image in all_of(images).flatten(1).tolist()}
+
+
+def parts_of(split):
+    return {
+        "train": split.train,
+        "validation": split.validation,
+        "test": split.test,
+        "outliers": split.outliers,
+        "outlier_validation": split.outlier_validation,
+        **split.test_ood,
+    }

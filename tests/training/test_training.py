@@ -12,10 +12,8 @@ from oodkern.config import ConfigError, load_config
 from oodkern.data import ArraySet, OODSplit
 from oodkern.losses import EnergyLoss
 from oodkern.methods import METHODS, as_score
-from oodkern.methods.energy import EnergyOptions, auto_margins
 from oodkern.metrics import auroc, threshold_at_recall
-from oodkern.models import SmallCNN
-from oodkern.training import NotFinite, evaluate, files, load_run, train
+from oodkern.training import NotFinite, evaluate, load_run, train
 from oodkern.training.evaluation import logits_of
 from oodkern.training.files import load_checkpoint
 
@@ -274,100 +272,6 @@ def test_nothing_is_overwritten_unasked(short):
     train(short("name=r", "seed=1", "epochs=1"), log=silent, report=False, overwrite=True)
     assert not (config.folder / "report.html").exists()
     assert load_run(config.folder).config.seed == 1
-
-
-def test_tensorboard(short, monkeypatch):
-    """Curves of both stages, and none twice where a run goes on."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from oodkern.training.trainer import Trainer
-
-    save = Trainer.save
-
-    def die(self, stage):
-        if stage.kind == "method" and stage.epoch == 2:
-            self.board.close()
-            raise OSError("killed after the epoch was logged, before it was saved")
-        save(self, stage)
-
-    monkeypatch.setattr(Trainer, "save", die)
-    with pytest.raises(OSError, match="killed"):
-        train(short("name=r"), log=silent, report=False)
-    monkeypatch.setattr(Trainer, "save", save)
-    run = train(short("name=r"), log=silent, report=False, resume=True)
-    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    lines = [r for r in run.history if "epoch" in r]
-    for stage, offset in (("pretrain", 0), ("energy", 20)):
-        expected = [(offset + r["step"], r["loss"]) for r in lines if r["stage"] == stage]
-        shown = {event.step: event.value for event in events.Scalars(f"{stage}/loss")}
-        assert shown == pytest.approx(dict(expected))
-
-
-def test_no_half_written_file(tmp_path, monkeypatch):
-    """A write that dies leaves the file of before."""
-    target = tmp_path / "last.ckpt"
-    files.save_checkpoint(target, {"model": torch.ones(3)})
-    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
-        files.save_checkpoint(target, {"model": torch.zeros(3)})
-    assert torch.equal(load_checkpoint(target)["model"], torch.ones(3))
-
-
-def test_checkpoints_hold_no_programs(tmp_path):
-    torch.save({"format": 1, "model": print}, tmp_path / "last.ckpt")
-    with pytest.raises(Exception, match=r"Weights only|weights_only"):
-        load_checkpoint(tmp_path / "last.ckpt")
-
-
-def test_evaluation_restores_the_mode(digits):
-    model = SmallCNN(1, 6, 4)
-    model.train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate(model, digits, "energy", energy)
-    assert model.training
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_a_sample_of_the_logits_is_evenly_spaced(digits):
-    model = SmallCNN(1, 6, 4).eval()
-    everything = logits_of(model, digits.train)
-    torch.testing.assert_close(logits_of(model, digits.train, limit=7), everything[torch.arange(7) * 644 // 7])
-
-
-def test_scores_are_larger_for_ood():
-    sure, unsure = torch.tensor([[12.0, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 0.2]])
-    for name in ("energy", "msp", "joint_energy", "max_logit"):
-        assert as_score(name, sure) < as_score(name, unsure)
-    torch.testing.assert_close(as_score("msp", unsure), -unsure.softmax(-1).amax(-1))
-    torch.testing.assert_close(as_score("joint_energy", unsure), -torch.nn.functional.softplus(unsure).sum(-1))
-    with pytest.raises(ValueError, match="expected one of energy, msp, joint_energy, max_logit"):
-        as_score("entropy", sure)
-
-
-def test_auto_margins():
-    ids, outliers = torch.linspace(-12, -8, 101), torch.linspace(-6, -2, 101)
-    assert auto_margins(ids, outliers) == pytest.approx((-11.0, -3.0))
-    margin_in, margin_out = auto_margins(outliers, ids - 5)  # a model that has them the wrong way round
-    assert margin_in < margin_out
-    constant = torch.full((9,), -3.0)
-    margin_in, margin_out = auto_margins(constant, constant)
-    assert margin_in < margin_out
-
-
-def test_the_temperature_reaches_margins_and_score():
-    """Margins that are quantiles of other energies than the loss's would hold for none of them."""
-    method = METHODS["energy"](EnergyOptions(temperature=4.0))
-    ids, outliers = torch.randn(400, 6) * 4, torch.randn(300, 6)
-    decided = method.decide(ids, outliers)
-    loss = method.build_loss(decided)
-    assert loss.temperature == 4.0
-    assert decided["id_inside"] == pytest.approx(0.25, abs=0.01)
-    assert decided["outliers_inside"] == pytest.approx(0.25, abs=0.01)
-    _, parts = loss(ids, torch.zeros(400, dtype=torch.int64), outliers, return_parts=True)
-    hinge = (energy(ids, 4.0) - decided["margin_in"]).relu().square().mean()
-    torch.testing.assert_close(parts["energy_in"], hinge)
-    torch.testing.assert_close(method.score(ids), energy(ids, 4.0))
 
 
 @pytest.mark.gpu
