@@ -67,7 +67,7 @@ class DataConfig:
 
 
 def kind_of(source: str) -> tuple[str, str]:
-    """ "KIND", "PATH" of a source. Raises ValueError with the kinds there are."""
+    """The kind and the path of a source. Raises ValueError with the kinds there are."""
     kind, colon, path = source.partition(":")
     if source in EMBEDDED or source == "photos":
         return source, ""
@@ -173,18 +173,24 @@ def build_split(data: DataConfig) -> OODSplit:
     for key, images in (("data.outliers", outliers), ("data.ood", ood)):
         if not len(images):
             raise ValueError(f"{key}: expected a source, or classes held out by data.classes (now {sizes})")
-    suitable = SUITABLE[kind]
+    augment, augment_outliers = SUITABLE[kind]
     split = replace(
         split,
         test_ood=ood,
         outliers=outliers,
         outlier_validation=outlier_validation,
-        augmentation=suitable[0] if data.augmentation == "auto" else data.augmentation,
-        outlier_augmentation=suitable[1] if data.outlier_augmentation == "auto" else data.outlier_augmentation,
+        augmentation=augment,
+        outlier_augmentation=augment_outliers,
     )
-    split = without_shared_images(split)
+    split = without_shared_images(with_augmentation(split, data))
     check_parts(split)
     return split
+
+
+def with_augmentation(split: OODSplit, data: DataConfig) -> OODSplit:
+    """The split with the augmentations that a configuration asks for, its own where that is auto."""
+    chosen = {name: getattr(data, name) for name in ("augmentation", "outlier_augmentation")}
+    return replace(split, **{name: asked for name, asked in chosen.items() if asked != "auto"})
 
 
 def check_parts(split: OODSplit) -> None:

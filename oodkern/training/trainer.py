@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit, build_split
-from oodkern.data.sources import OWN
+from oodkern.data.sources import OWN, with_augmentation
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
 from oodkern.metrics import auroc, threshold_at_recall
@@ -60,6 +60,7 @@ def train(
     device = find_device(config.device)
     if split is not None:
         config = replace(config, data=replace(config.data, name=f"{OWN}:{split.name}"))
+        split = with_augmentation(split, config.data)
     else:
         try:
             split = build_split(config.data)

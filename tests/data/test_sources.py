@@ -6,7 +6,7 @@ from formats import parts_of, rows, write_image, write_mnist
 
 from oodkern.config import ConfigError, load_config
 from oodkern.data import DataConfig, DataError, build_split
-from oodkern.data.sources import with_more_ood
+from oodkern.data.sources import with_augmentation, with_more_ood
 
 
 def test_a_class_split_of_a_set_from_disk(tmp_path):
@@ -86,6 +86,15 @@ def test_other_sources_do_not_take_the_place_of_the_held_out_classes():
     assert set(build_split(DataConfig(ood={"patches": "photos"})).test_ood) == {"near", "far", "patches"}
     with pytest.raises(ValueError, match=r"data\.ood\.near: the held-out classes have that name"):
         build_split(DataConfig(ood={"near": "photos"}))
+
+
+def test_the_configuration_decides_the_augmentation():
+    split = build_split(DataConfig())
+    assert (split.augmentation, split.outlier_augmentation) == ("none", "vary")
+    split = build_split(DataConfig(augmentation="crop", outlier_augmentation="none"))
+    assert (split.augmentation, split.outlier_augmentation) == ("crop", "none")
+    again = with_augmentation(split, DataConfig(augmentation="auto", outlier_augmentation="flip"))
+    assert (again.augmentation, again.outlier_augmentation) == ("crop", "flip")
 
 
 def test_a_lone_part_is_split_and_not_tested_on_itself(tmp_path):

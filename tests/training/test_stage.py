@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -99,6 +100,15 @@ def test_split_forward_holds_less(digits, short):
         for overrides in ([], ["split_forward=true"])
     )
     assert split < 0.75 * joint
+
+
+def test_augmentation_reaches_each_stream(digits, short):
+    split = replace(digits, augmentation="none", outlier_augmentation="none")
+    plain = stage_of(split, short()).next_batch()
+    for name, changed in (("augmentation", 0), ("outlier_augmentation", 2)):
+        found = stage_of(replace(split, **{name: "crop"}), short()).next_batch()
+        assert torch.equal(found[1], plain[1])
+        assert [torch.equal(one, other) for one, other in zip(found, plain, strict=True)].index(False) == changed
 
 
 def test_the_joint_forward_is_one_forward(digits, short):
