@@ -141,10 +141,11 @@ def strip(run: Run, name: str, images: ImageSet, scores: Tensor, known: bool) ->
     pixels = images.images(worst)
     labels = predicted(logits_of(run.model, images.select(worst)), run.split.multi_label)
     wrong = scores > run.threshold if known else scores <= run.threshold
+    names = [escape(name_of(label, run.split.classes)) for label in labels.tolist()]
     cells = "".join(
         f"<figure class='{'wrong' if wrong[i] else ''}'><img alt='' src='{thumbnail(image)}'>"
-        f"<figcaption>{escape(name_of(label, run.split.classes))}<br><span>{scores[i]:.2f}</span></figcaption></figure>"
-        for i, image, label in zip(worst.tolist(), pixels, labels.tolist(), strict=True)
+        f"<figcaption><b title='{name}'>{name}</b><span>{scores[i]:.2f}</span></figcaption></figure>"
+        for i, image, name in zip(worst.tolist(), pixels, names, strict=True)
     )
     count = f"{int(wrong.sum()):,} of {len(scores):,} {'flagged' if known else 'accepted'}"
     return f"<h3>{escape(name)} <small>{count}</small></h3><div class='strip'>{cells}</div>"

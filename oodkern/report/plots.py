@@ -130,6 +130,8 @@ def roc_curves(run: Run) -> list[str]:
 
 def training_curves(run: Run) -> list[str]:
     """Loss parts by epoch, and what the held-out training images say."""
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [line for line in run.history if "epoch" in line]
     stages = {"pretrain": "pretraining", run.config.method: f"{run.config.method} fine-tuning"}
     offset = max((line["epoch"] for line in epochs if line["stage"] == "pretrain"), default=0)
@@ -158,6 +160,7 @@ def training_curves(run: Run) -> list[str]:
     for axis in axes:
         if offset and run.config.epochs:
             axis.axvline(offset + 0.5, color="#999", linewidth=0.8, linestyle="--")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("epoch (the dashed line: fine-tuning begins)" if offset else "epoch")
         if axis.has_data():
             axis.legend()
