@@ -6,7 +6,9 @@ from formats import parts_of, rows, write_image, write_mnist
 
 from oodkern.config import ConfigError, load_config
 from oodkern.data import DataConfig, DataError, build_split
+from oodkern.data.readers import read_folder
 from oodkern.data.sources import with_augmentation, with_more_ood
+from oodkern.data.split import digests
 
 
 def test_a_class_split_of_a_set_from_disk(tmp_path):
@@ -123,6 +125,18 @@ def test_files_in_two_folders_of_the_same_path(tmp_path):
     data.ood["inside"] = f"folder:{tmp_path}"
     with pytest.raises(DataError, match="expected outliers to train with, and there are none"):
         build_split(data)  # those of out are tested with, and are then no outliers
+
+
+def test_files_are_the_same_through_links(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "real" / f"{i}.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "files").mkdir()
+    for i in range(3):
+        (tmp_path / "files" / f"other{i}.png").symlink_to(tmp_path / "real" / f"{i}.png")
+    found = [set(digests(read_folder(tmp_path / name)["all"])) for name in ("real", "folder", "files")]
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 3
 
 
 def test_further_sets_are_cleared_of_what_was_trained_with(tmp_path):
