@@ -62,7 +62,7 @@ examples:
 COMPARE_HELP = """\
 Trains methods and plain training (ce) from the same starting models on the same splits of the classes, and prints
 the paired differences with a confidence interval over the splits. A comparison that was stopped goes on when it is
-called again; its runs are in runs/compare.
+called again; its runs are in runs/compare, or where output=DIR says.
 """
 COMPARE_EXAMPLES = f"""\
 examples:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from oodkern._options import explanations, option
-from oodkern.data.sources import MULTI_LABEL, DataConfig
-from oodkern.data.sources import check as check_data
+from oodkern.data.options import MULTI_LABEL, DataConfig
+from oodkern.data.options import check as check_data
 from oodkern.methods import METHODS
 from oodkern.models import ModelConfig, check_model
 
@@ -43,7 +43,8 @@ class PretrainConfig:
     epochs: int = option(20, "passes over the ID images")
     lr: float = option(0.05, "learning rate")
     checkpoint: str = option(
-        "", "of a run (its baseline), or a state_dict of the model, to start from; epochs are then 0"
+        "",
+        "of a run (its baseline), or a state_dict of the model, to start from; pretrain.epochs is then 0 unless given",
     )
 
 
@@ -91,7 +92,9 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        data = "" if self.data.name == "digits" else f"{Path(self.data.name.partition(':')[2] or self.data.name).name}-"
+        path = self.data.name.partition(":")[2]
+        data = re.sub(r"[^\w.-]+", "-", Path(path).name or path or self.data.name).strip(".-") or "data"
+        data = "" if self.data.name == "digits" else f"{data}-"
         split = "" if self.data.split is None else f"-split{self.data.split}"
         return Path(self.output) / (self.name or f"{data}{self.method}{split}-seed{self.seed}")
 
@@ -100,13 +103,8 @@ class TrainConfig:
         return self.data.name in MULTI_LABEL
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a YAML file (or the embedded default) and dotted overrides, later ones winning.
-
-    `method` and `data.name` are read first: they decide which keys there are and what suits them as a default.
-
-    Raises ConfigError for an unknown method or key, a value of the wrong type, or a file that is not YAML.
-    """
+def read_given(path: str | None = None, overrides: Sequence[str] = ()) -> Any:
+    """The keys that a YAML file and dotted overrides give, later ones winning, as they are written."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -124,7 +122,28 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
             key, equals, _ = override.partition("=")
             if not equals or not re.fullmatch(r"[\w.-]+", key):
                 raise ConfigError(f"{override}: expected key=value, such as optimizer.lr=0.1")
-        given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+        raise one_line(error, path) from None
+
+
+def one_line(error: Exception, path: str | None) -> ConfigError:
+    where = getattr(error, "full_key", None)
+    return ConfigError(f"{where or path}: {str(error).splitlines()[0]}")
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file (or the embedded default) and dotted overrides, later ones winning.
+
+    `method` and `data.name` are read first: they decide which keys there are and what suits them as a default.
+
+    Raises ConfigError for an unknown method or key, a value of the wrong type, or a file that is not YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = read_given(path, overrides)
+    try:
         method = str(given.get("method", TrainConfig.method))
         schema = schema_of(method)
         check_keys(OmegaConf.to_container(given), keys_of(schema))
@@ -133,11 +152,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
         trained = ("pretrain.epochs=0",) if OmegaConf.select(given, "pretrain.checkpoint") else ()
         suited = OmegaConf.from_dotlist([*SUITED.get(data, ()), *SUITED.get((data, method), ()), *trained])
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), suited, given))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        where = getattr(error, "full_key", None)
-        raise ConfigError(f"{where or path}: {str(error).splitlines()[0]}") from None
+    except OmegaConfBaseException as error:
+        raise one_line(error, path) from None
     check_values(config)
     return config
 

@@ -34,6 +34,8 @@ def test_names_of_run_folders():
     assert folder("data.name=digits-multilabel") == "runs/digits-multilabel-energy-seed0"
     assert folder("data.name=idx:/data/fashion_mnist/") == "runs/fashion_mnist-energy-seed0"
     assert folder("name=x", "output=/tmp/y") == "/tmp/y/x"
+    assert folder("data.name=python:my set/../v 1") == "runs/v-1-energy-seed0"
+    assert folder("data.name=python:..") == "runs/data-energy-seed0"
 
 
 def test_sets_of_the_test_have_names_of_their_own(tmp_path):

@@ -2,7 +2,8 @@
 
 from oodkern.data.augment import AUGMENTATIONS, Augmentation, augmentation, random_numbers
 from oodkern.data.images import ArraySet, DataError, FolderSet, ImageSet, SampleSet, read_image
-from oodkern.data.sources import DataConfig, build_split, open_source
+from oodkern.data.options import DataConfig
+from oodkern.data.sources import build_split, open_source
 from oodkern.data.split import OODSplit
 from oodkern.data.stream import Batches, stream
 

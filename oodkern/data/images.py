@@ -154,8 +154,12 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files below a folder, sorted by path: links are followed, names that begin with a dot are left out."""
-    found = []
+    found, visited = [], set()
     for inside, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(inside)) in visited:  # a link to a folder above it
+            folders.clear()
+            continue
+        visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(inside, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())

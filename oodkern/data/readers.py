@@ -12,7 +12,7 @@ import math
 import pickle
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ def read_idx_folder(folder: Path, transposed: bool = False) -> Parts:
         if file.suffix == ".gz" and file.with_suffix("").is_file():
             continue  # unpacked beside it
         labels_file = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
+        other = labels_file.with_suffix("") if file.suffix == ".gz" else Path(f"{labels_file}.gz")
+        if not labels_file.is_file() and other.is_file():
+            labels_file = other
         if not labels_file.is_file():
             raise DataError(f"{file}: its labels, {labels_file.name}, are not there")
         images, labels = read_idx(file), read_idx(labels_file)
@@ -122,12 +125,13 @@ def unpickle(path: Path) -> dict[str, Any]:
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
-def entry(path: Path, key: str) -> Any:
-    """One entry of a CIFAR batch."""
+def entries(path: Path, *keys: str) -> tuple[Any, ...]:
+    """Some entries of a CIFAR batch."""
     content = unpickle(path)
-    if key not in content:
-        raise DataError(f"{path}: expected an entry {key!r}, got {', '.join(map(str, content)) or 'none'}")
-    return content[key]
+    for key in keys:
+        if key not in content:
+            raise DataError(f"{path}: expected an entry {key!r}, got {', '.join(map(str, content)) or 'none'}")
+    return tuple(content[key] for key in keys)
 
 
 def read_cifar(root: Path, kind: int) -> Parts:
@@ -147,9 +151,10 @@ def read_cifar(root: Path, kind: int) -> Parts:
     for folder in (root, root / f"{stem}{python}"):
         if (folder / test[0]).is_file():
             key, names_key = ("labels", "label_names") if kind == 10 else ("fine_labels", "fine_label_names")
-            names = [n.decode() if isinstance(n, bytes) else str(n) for n in entry(folder / meta, names_key)]
+            (found,) = entries(folder / meta, names_key)
+            names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
             return {
-                part: cifar_set([(entry(folder / f, "data"), entry(folder / f, key)) for f in files], names)
+                part: cifar_set([entries(folder / file, "data", key) for file in files], names)
                 for part, files in (("train", train), ("test", test))
             }
     for folder in (root, root / f"{stem}{binary}"):
@@ -173,7 +178,7 @@ def read_records(path: Path, head: int) -> tuple[NDArray, NDArray]:
     return records[:, head:], records[:, head - 1]
 
 
-def cifar_set(batches: list[tuple[Any, Any]], names: list[str]) -> ArraySet:
+def cifar_set(batches: Sequence[tuple[Any, ...]], names: list[str]) -> ArraySet:
     try:
         pixels = np.concatenate([np.asarray(data, np.uint8).reshape(-1, 3, 32, 32) for data, _ in batches])
         labels = np.concatenate([np.asarray(label, np.int64) for _, label in batches])
@@ -191,7 +196,8 @@ def read_folder(root: Path, channels: int = 3, size: int = 32) -> Parts:
     """
     train = root / "train"
     test = next((root / name for name in ("test", "val", "valid", "validation") if (root / name).is_dir()), None)
-    folders = {"all": train if train.is_dir() else root}
+    others = [one for one in root.iterdir() if one.is_dir() and one != train and not one.name.startswith(".")]
+    folders = {"all": train if train.is_dir() and not others else root}  # among other folders, train is a class
     if train.is_dir() and test is not None:
         folders = {"train": train, "test": test}
     files = {part: image_files(folder) for part, folder in folders.items()}

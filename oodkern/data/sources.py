@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from oodkern._options import option
-from oodkern.data.augment import augmentation
 from oodkern.data.embedded import FAR_PATCHES, as_canvases, photo_patches, read_digits
 from oodkern.data.images import ArraySet, DataError, ImageSet
+from oodkern.data.options import EMBEDDED, OWN, DataConfig, check, check_names, check_new, kind_of
 from oodkern.data.readers import Parts, read_cifar, read_folder, read_idx_folder
 from oodkern.data.split import (
     ClassSplit,
@@ -29,10 +27,6 @@ from oodkern.data.split import (
     without_shared_images,
 )
 
-EMBEDDED = ("digits", "digits-multilabel")
-MULTI_LABEL = ("digits-multilabel",)
-OWN = "python"  # images that a program gave to `train`: known by name only
-KINDS = ("idx", "emnist", "cifar10", "cifar100", "folder")
 # What suits the images of a kind: augmentation of ID images, and of outliers.
 SUITABLE = {
     "digits": ("none", "vary"),
@@ -43,45 +37,7 @@ SUITABLE = {
     "cifar100": ("crop+flip", "crop+flip"),
     "folder": ("crop+flip", "crop+flip"),
 }
-# Names of OOD sets that mean something else in scores.npz, or to the function that writes it.
-RESERVED = ("id", "file", "allow_pickle")
 TEST_SHARE = 0.3  # of the ID images, where a set has no test part of its own
-
-
-@dataclass
-class DataConfig:
-    """A source is KIND:DIR with KIND one of idx, emnist, cifar10, cifar100, folder; or it is digits or photos."""
-
-    name: str = option("digits", "the labelled ID set: digits, digits-multilabel or a source")
-    outliers: str = option("", "the source to train with; empty: held-out classes of the ID set")
-    ood: dict[str, str] = option({}, "of the test, NAME: SOURCE; without any: held-out classes, as near")
-    classes: list[int] = option([], "how many known, outlier and OOD classes; empty: as 6, 2, 2")
-    split: int | None = option(None, "number of a random split of the classes and the images; null: the fixed one")
-    validation: float = option(0.15, "share of the training images, and of the outliers")
-    limit: int = option(0, "at most so many ID images to train with; 0: all")
-    size: int = option(0, "pixels a side; 0: as the ID set has them, 32 for folders")
-    channels: int = option(0, "1 or 3; 0: as the ID set has them, 3 for folders")
-    augmentation: str = option("auto", "none, or crop, flip, vary joined by +; auto: what suits the set")
-    outlier_augmentation: str = option("auto", "likewise")
-    workers: int = option(0, "processes that make each stream's batches; they change no number")
-
-
-def kind_of(source: str) -> tuple[str, str]:
-    """The kind and the path of a source. Raises ValueError with the kinds there are."""
-    kind, colon, path = source.partition(":")
-    if source in EMBEDDED or source == "photos":
-        return source, ""
-    if kind == OWN:
-        return kind, path
-    if kind not in KINDS or not colon or not path:
-        raise ValueError(f"expected digits, photos or KIND:PATH with KIND one of {', '.join(KINDS)}, got {source!r}")
-    return kind, path
-
-
-def location(source: str) -> str | Path:
-    """A source however its folder is written."""
-    kind, path = source.partition(":")[::2]
-    return Path(path).expanduser().resolve() if kind in KINDS else source
 
 
 def open_source(source: str, channels: int, size: int, split: int | None = None) -> Parts:
@@ -161,8 +117,7 @@ def build_split(data: DataConfig) -> OODSplit:
         split = as_canvases(split, data.split)
         size, ood = split.train.shape[1], dict(split.test_ood)
     far = {"far": "photos"} if kind in EMBEDDED else {}
-    if "near" in ood and "near" in data.ood:
-        raise ValueError("data.ood.near: the held-out classes have that name; expected another")
+    check_new(data.ood, {**ood, **far})
     for name, source in {**far, **data.ood}.items():
         ood[name] = other(source, "test")
     outliers, outlier_validation = split.outliers, split.outlier_validation
@@ -182,19 +137,25 @@ def build_split(data: DataConfig) -> OODSplit:
         augmentation=augment,
         outlier_augmentation=augment_outliers,
     )
-    split = without_shared_images(with_augmentation(split, data))
+    return ready(split, data)
+
+
+def ready(split: OODSplit, data: DataConfig) -> OODSplit:
+    """A split as training takes it: no image shared, no part empty, augmented as the configuration asks.
+
+    Raises DataError for a part without images, ValueError for an OOD set's name.
+    """
+    check_names(split.test_ood)
+    split = without_shared_images(split)
     check_parts(split)
-    return split
-
-
-def with_augmentation(split: OODSplit, data: DataConfig) -> OODSplit:
-    """The split with the augmentations that a configuration asks for, its own where that is auto."""
     chosen = {name: getattr(data, name) for name in ("augmentation", "outlier_augmentation")}
     return replace(split, **{name: asked for name, asked in chosen.items() if asked != "auto"})
 
 
 def check_parts(split: OODSplit) -> None:
     """Raises DataError for a part without images."""
+    if not split.test_ood:
+        raise DataError(f"{split.name}: expected one OOD set to test with at least, and there is none")
     parts = {
         "ID images to train with": split.train,
         "ID images to validate with": split.validation,
@@ -215,6 +176,7 @@ def with_more_ood(split: OODSplit, sources: Mapping[str, str], number: int | Non
     seen = seen_in(split.train, split.validation, split.test, split.outliers, split.outlier_validation)
     more = dict(split.test_ood)
     dropped = 0
+    check_new(sources, split.test_ood)
     for name, source in sources.items():
         images = part_of(open_source(source, channels, size, number), "test").as_outliers()
         images = conform(images, channels, size)
@@ -246,52 +208,3 @@ def split_images(data: DataConfig, parts: Parts, chosen: ClassSplit) -> OODSplit
     return OODSplit(
         name, train, validation, test, outliers.as_outliers(), outlier_validation.as_outliers(), ood, classes
     )
-
-
-def check(data: DataConfig) -> None:
-    """Raises ValueError, before any file is opened, naming the key."""
-    sources: Mapping[str, str] = {"data.name": data.name} | {f"data.ood.{name}": one for name, one in data.ood.items()}
-    if data.outliers:
-        sources = {**sources, "data.outliers": data.outliers}
-    for key, source in sources.items():
-        try:
-            kind, _ = kind_of(source)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        if kind == "photos" and key in ("data.name", "data.outliers"):
-            raise ValueError(f"{key}: photos are for the test; expected another source")
-        if kind == "digits-multilabel" and key != "data.name":
-            raise ValueError(f"{key}: expected digits or KIND:PATH, got {source!r}")
-    for name in data.ood:
-        if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
-            raise ValueError(
-                f"data.ood.{name}: expected a name of letters, digits, - and _ (not {', '.join(RESERVED)})"
-            )
-    for key, source in sources.items():
-        if key != "data.name" and source == "digits" and data.name in EMBEDDED:
-            raise ValueError(f"{key}: the ID images are digits; expected other images")
-        if key.startswith("data.ood") and source != "photos" and location(source) == location(data.outliers):
-            raise ValueError(f"{key}: {source} is trained with; expected images that training never sees")
-        if key != "data.name" and location(source) == location(data.name):
-            raise ValueError(f"{key}: {source} is the ID set; expected other images")
-    if data.name == "digits-multilabel" and (data.size or data.channels):
-        raise ValueError(
-            "data.size, data.channels: digits-multilabel has its own, 20 pixels of one channel; expected 0"
-        )
-    if not 0.01 <= data.validation <= 0.5:
-        raise ValueError(f"data.validation: expected a share from 0.01 to 0.5, got {data.validation}")
-    if data.channels not in (0, 1, 3):
-        raise ValueError(f"data.channels: expected 1 or 3, or 0 for those of the ID set, got {data.channels}")
-    if data.size and not 8 <= data.size <= 4096:
-        raise ValueError(f"data.size: expected 8 to 4096 pixels, or 0 for those of the ID set, got {data.size}")
-    ranges = {"limit": (0, 2**40), "workers": (0, 256), "split": (0, 2**32)}
-    for key, (low, high) in ranges.items():
-        value = getattr(data, key)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"data.{key}: expected a number from {low} to {high:,}, got {value}")
-    for key in ("augmentation", "outlier_augmentation"):
-        if (names := getattr(data, key)) != "auto":
-            try:
-                augmentation(names)
-            except ValueError as error:
-                raise ValueError(f"data.{key}: {error}") from None

@@ -14,7 +14,7 @@ from oodkern.methods.base import Method
 
 @dataclass
 class CrossEntropyOptions:
-    """None."""
+    """This method has no options."""
 
 
 class CrossEntropy(Method):

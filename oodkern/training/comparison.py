@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from oodkern.config import ConfigError, TrainConfig, load_config
+from oodkern.config import ConfigError, TrainConfig, load_config, read_given
 from oodkern.tables import aligned, percent
 from oodkern.training.evaluation import Evaluation, best_of
+from oodkern.training.folder import read_environment
 from oodkern.training.run import Run
 from oodkern.training.trainer import train
 
@@ -75,7 +75,7 @@ class Comparison:
                 "seed": run.config.seed,
                 "accuracy": run.method.accuracy,
                 "by_score": {one.score_name: metrics_of(one) for one in judged},
-                "environment": json.loads((run.folder / "environment.json").read_text()),
+                "environment": read_environment(run.folder),
                 "margins": {k: v for k, v in run.decided.items() if k.startswith("margin_")},
             }
         )
@@ -182,7 +182,7 @@ def compare(
     for key in ("method", "seed", "name", "data.split"):
         if any(one.split("=")[0] == key for one in overrides):
             raise ConfigError(f"{key}: compare sets it for each run; expected other keys")
-    if load_config(path, overrides).output == TrainConfig.output:
+    if "output" not in read_given(path, overrides):
         overrides = [*overrides, "output=runs/compare"]
     configs = [
         load_config(path, [*overrides, *options(method, seed, split)])

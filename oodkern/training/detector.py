@@ -75,8 +75,9 @@ def load_run(folder: Path | str, checkpoint: str = "last") -> Detector:
         raise ConfigError(f"{folder}: expected the folder of a run, with a config.yaml")
     state = read_checkpoint(folder / f"{checkpoint}.ckpt")
     if not math.isfinite(state["threshold"]):
+        best = ", or take --checkpoint best" if (folder / "best.ckpt").is_file() else ""
         raise ConfigError(
             f"{folder / checkpoint}.ckpt: the run stopped within an epoch, before its model was validated; go on with "
-            "it by `oodkern train ... --resume`, or take --checkpoint best"
+            f"it by `oodkern train ... --resume`{best}"
         )
     return Detector(load_config(str(folder / "config.yaml")), state)

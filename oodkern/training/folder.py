@@ -68,7 +68,7 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
         note_environment(folder, finished=state["stage"] == config.method and state["epoch"] >= config.epochs)
     else:
         state = None
-        keep(folder, resume or overwrite)
+        keep(folder, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
             (folder / name).unlink(missing_ok=True)
@@ -79,24 +79,35 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
     return state
 
 
-def keep(folder: Path, asked: bool) -> None:
+def keep(folder: Path, overwrite: bool) -> None:
     """Raises ConfigError where a fresh run would take the place of files that are not of one that was cut short."""
     if (folder / "config.yaml").exists() and not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder / 'config.yaml'} is not of a run, and would be overwritten; give another name=...")
     results = [name for name in ("best.ckpt", "scores.npz", "report.html") if (folder / name).exists()]
-    if results and not asked:
-        raise ConfigError(f"{folder} holds {', '.join(results)} of a run: --overwrite starts anew, name=... keeps both")
+    if results and not overwrite:
+        raise ConfigError(
+            f"{folder} holds {', '.join(results)} of a run, and no last.ckpt to go on from: --overwrite starts anew, "
+            "name=... keeps both"
+        )
 
 
 def note_environment(folder: Path, finished: bool) -> None:
     """Adds this session's versions where a run goes on under others than it had; a finished one keeps its own."""
-    path = folder / "environment.json"
     now = environment()
-    noted = json.loads(path.read_text()) if path.is_file() else dict(now)
+    noted = read_environment(folder) or dict(now)
     latest = (noted.get("resumed") or [noted])[-1]
     if not finished and any(latest.get(key) != value for key, value in now.items()):
         noted.setdefault("resumed", []).append(now)
-        files.write_json(path, noted)
+        files.write_json(folder / "environment.json", noted)
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What environment.json holds; nothing where it is gone or damaged, since no number depends on it."""
+    try:
+        found = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

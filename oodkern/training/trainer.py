@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit, build_split
-from oodkern.data.sources import OWN, with_augmentation
+from oodkern.data.options import OWN
+from oodkern.data.sources import ready
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
 from oodkern.metrics import auroc, threshold_at_recall
@@ -25,6 +25,7 @@ from oodkern.training.board import Board
 from oodkern.training.evaluation import SAMPLE, correct, judge, logits_of, logits_of_test
 from oodkern.training.folder import FORMAT, prepare
 from oodkern.training.interrupt import Interrupt
+from oodkern.training.progress import shown
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
 from oodkern.training.run import Run
 from oodkern.training.stage import NotFinite, Stage
@@ -60,12 +61,10 @@ def train(
     device = find_device(config.device)
     if split is not None:
         config = replace(config, data=replace(config.data, name=f"{OWN}:{split.name}"))
-        split = with_augmentation(split, config.data)
-    else:
-        try:
-            split = build_split(config.data)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        split = build_split(config.data) if split is None else ready(split, config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     state = prepare(config.folder, config, resume, overwrite)
     with files.JSONLines(config.folder / "metrics.jsonl", state["log_bytes"] if state else 0) as lines:
         run = Trainer(config, split, device, lines, log, progress).run(state)
@@ -112,7 +111,10 @@ class Trainer:
             self.train_stage("pretrain", model, ClassificationLoss(multi_label=split.multi_label), False, state)
             state = None
             self.baseline = copy.deepcopy(model)
-            starting = [self.logits(model, images, limit=SAMPLE) for images in (split.train, split.outliers)]
+            try:
+                starting = [self.logits(model, images, limit=SAMPLE) for images in (split.train, split.outliers)]
+            except NotFinite as error:  # of a checkpoint, or of what no validation image showed
+                raise NotFinite(f"{error} before {config.method} begins") from None
             self.decided = self.method.decide(*starting)
             if self.decided:
                 self.lines.write(stage="decided", **self.decided)
@@ -234,6 +236,7 @@ class Trainer:
                 "baseline": None if self.baseline is None else self.baseline.state_dict(),
                 "training": stage.state_dict(),
                 "random": random_state(),
+                "images": self.counts(),
                 "decided": self.decided,
                 "best": self.best,
                 "log_bytes": self.lines.sync(),
@@ -241,7 +244,16 @@ class Trainer:
             },
         )
 
+    def counts(self) -> dict[str, int]:
+        """Images of each part that training reads."""
+        names = ("train", "validation", "outliers", "outlier_validation")
+        return {name: len(getattr(self.split, name)) for name in names}
+
     def restore(self, state: dict[str, Any], model: Classifier) -> None:
+        now = {"classes": list(self.split.classes), "shape": list(self.split.train.shape), "images": self.counts()}
+        for key, value in now.items():
+            if state[key] != value:
+                raise ConfigError(f"data: the run in {self.config.folder} has {key} {state[key]}, got {value}")
         if state["baseline"] is not None:
             model.load_state_dict(state["baseline"])
             self.baseline = copy.deepcopy(model)
@@ -280,18 +292,3 @@ class Trainer:
             history=files.read_json_lines(config.folder / "metrics.jsonl"),
             seconds=self.seconds,
         )
-
-
-def shown(parts: dict[str, float], stage: Stage) -> dict[str, str]:
-    """The loss, its parts, images per second and peak memory, for the progress bar."""
-    hidden = ("seconds", "gradient_norm")
-    rate = stage.images_per_step / max(parts["seconds"], 1e-9)
-    rest = {"images/s": f"{rate:,.0f}", "memory": f"{peak_memory(stage.device) / 2**30:.1f}GiB"}
-    return {name: f"{value:.3g}" for name, value in parts.items() if name not in hidden} | rest
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: what PyTorch's allocator has held at most on a GPU, and the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux

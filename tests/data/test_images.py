@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from formats import write_image
 
 from oodkern.data import DataError, read_image
+from oodkern.data.images import image_files
 from oodkern.data.readers import read_folder
 
 generator = np.random.default_rng(0)
@@ -12,6 +14,13 @@ generator = np.random.default_rng(0)
 
 def pixels(*shape):
     return generator.integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_folders_that_link_to_those_above_them(tmp_path):
+    write_image(tmp_path / "a" / "1.png", pixels(8, 8))
+    for name in ("up", "again"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    assert image_files(tmp_path) == [tmp_path / "a" / "1.png"]
 
 
 def test_modes_of_images(tmp_path):

@@ -76,6 +76,10 @@ def test_files_unpacked_beside_their_archives(tmp_path):
         write_mnist(tmp_path, images, np.arange(12) % 3, "train", ending)
         write_mnist(tmp_path, images[:6], np.arange(6) % 3, "t10k", ending)
     assert {part: len(one) for part, one in read_idx_folder(tmp_path).items()} == {"train": 12, "test": 6}
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()  # its archive is there still
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    assert {part: len(one) for part, one in read_idx_folder(tmp_path).items()} == {"train": 12, "test": 6}
 
 
 def test_idx_folders_that_are_not_whole(tmp_path):
@@ -177,6 +181,13 @@ def test_names_of_the_test_part(tmp_path, name):
     assert {part: one.classes for part, one in read_folder(tmp_path).items()} == dict.fromkeys(
         ("train", "test"), ("a", "b")
     )
+
+
+def test_a_class_of_trains(tmp_path):
+    for kind in ("bus", "car", "train"):
+        write_image(tmp_path / kind / "1.png", pixels(8, 8))
+    parts = read_folder(tmp_path)
+    assert parts["all"].classes == ("bus", "car", "train")
 
 
 def test_only_a_training_part_links_and_hidden_folders(tmp_path):

@@ -1,13 +1,16 @@
 """From the names of a configuration to the parts of a data set, and what is wrong with some of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from formats import parts_of, rows, write_image, write_mnist
 
 from oodkern.config import ConfigError, load_config
 from oodkern.data import DataConfig, DataError, build_split
 from oodkern.data.readers import read_folder
-from oodkern.data.sources import with_augmentation, with_more_ood
+from oodkern.data.sources import ready, with_more_ood
 from oodkern.data.split import digests
 
 
@@ -68,6 +71,7 @@ def test_outliers_that_are_the_id_images(tmp_path):
         (["data.name=digits-multilabel", "data.ood.x=digits"], "data.ood.x: the ID images are digits"),
         (["data.name=digits-multilabel", "data.size=16"], "data.size, data.channels: digits-multilabel has its own"),
         (["data.size=1"], "data.size: expected 8 to 4096 pixels, or 0"),
+        (["data.outliers=python:x"], "data.outliers: expected digits or KIND:PATH, got 'python:x'"),
         (["data.ood.id=photos"], "data.ood.id: expected a name of letters, digits"),
         (["data.ood.file=photos"], "data.ood.file: expected a name of letters, digits"),
         (["data.ood._x=photos"], "data.ood._x: expected a name of letters, digits"),
@@ -86,8 +90,12 @@ def test_mistakes_name_the_key(overrides, message):
 
 def test_other_sources_do_not_take_the_place_of_the_held_out_classes():
     assert set(build_split(DataConfig(ood={"patches": "photos"})).test_ood) == {"near", "far", "patches"}
-    with pytest.raises(ValueError, match=r"data\.ood\.near: the held-out classes have that name"):
+    with pytest.raises(ValueError, match=r"data\.ood\.near: there is an OOD set of that name"):
         build_split(DataConfig(ood={"near": "photos"}))
+    with pytest.raises(ValueError, match=r"data\.ood\.far: there is an OOD set of that name"):
+        build_split(DataConfig(ood={"far": "photos"}))
+    with pytest.raises(ValueError, match=r"data\.ood\.near: there is an OOD set of that name"):
+        with_more_ood(build_split(DataConfig()), {"near": "photos"}, None)
 
 
 def test_the_configuration_decides_the_augmentation():
@@ -95,8 +103,30 @@ def test_the_configuration_decides_the_augmentation():
     assert (split.augmentation, split.outlier_augmentation) == ("none", "vary")
     split = build_split(DataConfig(augmentation="crop", outlier_augmentation="none"))
     assert (split.augmentation, split.outlier_augmentation) == ("crop", "none")
-    again = with_augmentation(split, DataConfig(augmentation="auto", outlier_augmentation="flip"))
+    again = ready(split, DataConfig(augmentation="auto", outlier_augmentation="flip"))
     assert (again.augmentation, again.outlier_augmentation) == ("crop", "flip")
+
+
+def test_cifar_10_and_100_may_share_a_folder(tmp_path):
+    overrides = [f"data.name=cifar10:{tmp_path}", f"data.outliers=cifar100:{tmp_path}", "data.ood.far=photos"]
+    assert load_config(None, overrides).data.outliers == f"cifar100:{tmp_path}"
+    with pytest.raises(ConfigError, match="is the ID set"):
+        load_config(None, [overrides[0], f"data.outliers=cifar10:{tmp_path}/."])
+
+
+def test_a_split_that_training_cannot_take():
+    split = build_split(DataConfig())
+    nothing = split.outliers.select(torch.arange(0))
+    for changed, message in (
+        ({"outliers": nothing}, "expected outliers to train with, and there are none"),
+        ({"outlier_validation": nothing}, "expected outliers to validate with, and there are none"),
+        ({"test_ood": {}}, "expected one OOD set to test with at least"),
+        ({"outliers": split.test_ood["near"]}, r"expected outliers to train with.* \(354 images were left out"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ready(replace(split, **changed), DataConfig())
+    with pytest.raises(ValueError, match=r"data\.ood\.id: expected a name"):
+        ready(replace(split, test_ood={"id": split.test}), DataConfig())
 
 
 def test_a_lone_part_is_split_and_not_tested_on_itself(tmp_path):
@@ -149,6 +179,10 @@ def test_further_sets_are_cleared_of_what_was_trained_with(tmp_path):
     more = with_more_ood(split, {"new": f"idx:{tmp_path / 'new'}"}, None)
     assert {name: len(one) for name, one in more.test_ood.items()} == {"far": 360, "new": 60}
     assert len(more.outliers) == len(split.outliers)
+    half = np.random.default_rng(1).integers(0, 256, (60, 9, 9), dtype=np.uint8)[:30]
+    write_mnist(tmp_path / "half", np.concatenate([half, 255 - half]), np.arange(60) % 3)
+    more = with_more_ood(split, {"half": f"idx:{tmp_path / 'half'}"}, None)
+    assert (len(more.test_ood["half"]), more.dropped) == (30, 30)
     with pytest.raises(DataError, match="expected OOD images of 'copy', and there are none"):
         with_more_ood(split, {"copy": f"idx:{tmp_path / 'copy'}"}, None)
 

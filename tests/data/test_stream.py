@@ -7,6 +7,7 @@ import torch
 
 from oodkern.data import ArraySet, Batches, DataError, FolderSet, augmentation, random_numbers, stream
 from oodkern.data.augment import crop, flip, vary
+from oodkern.data.split import generator_of
 
 
 def numbered(count, size=8):
@@ -82,6 +83,14 @@ def test_seeds_and_streams_differ():
     # A second pass draws other numbers for the same sample.
     batches = Batches(numbered(1), 1, augmentation=augmentation("crop"))
     assert len({tuple(batches[i][0].flatten().tolist()) for i in range(20)}) > 3
+
+
+def test_splits_and_streams_draw_apart():
+    """Whatever a split's number and a stream's seed."""
+    for split, purpose in ((None, 0), (0, 3), (5, 2)):
+        key = (0 if split is None else split + 1, purpose)
+        drawn = generator_of(split, purpose).random(4, dtype="float32")
+        assert not (random_numbers(*key, torch.arange(1), 4)[0].numpy() == drawn).any()
 
 
 def test_random_numbers_are_uniform():

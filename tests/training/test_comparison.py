@@ -1,6 +1,7 @@
 """Paired differences: the statistics, and the runs behind them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -111,11 +112,35 @@ def test_numbers_are_those_of_the_runs(compared):
 
 def test_a_comparison_that_was_stopped_goes_on(compared):
     folder, found, _ = compared
-    (folder / "energy-split1-seed0" / "last.ckpt").unlink()
+    shutil.rmtree(folder / "energy-split1-seed0")
     written = (folder / "ce-split0-seed0" / "last.ckpt").stat().st_mtime_ns
     again = compare(["energy"], [0], [0, 1], [*SHORT, f"output={folder}"], log=lambda line: None)
     assert again.runs == found.runs
     assert (folder / "ce-split0-seed0" / "last.ckpt").stat().st_mtime_ns == written, "trained again"
+
+
+def test_where_the_runs_go(tmp_path, monkeypatch):
+    """Where output= or the file says, the default's name included; and a seed that is named twice is one."""
+    seen = []
+    monkeypatch.setattr("oodkern.training.comparison.train", lambda config, **options: seen.append(config) or 1 / 0)
+    file = tmp_path / "c.yaml"
+    file.write_text("output: runs\n")
+    for path, overrides, expected in (
+        (None, [], "runs/compare"),
+        (None, ["output=runs"], "runs"),
+        (None, ["output=/tmp/x"], "/tmp/x"),
+        (str(file), [], "runs"),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            compare(["energy"], [0, 0], [None], overrides, path)
+        assert seen[-1].output == expected
+
+
+def test_seeds_that_are_named_twice(compared):
+    folder, found, _ = compared
+    again = compare(["energy", "energy"], [0, 0], [0, 1], [*SHORT, f"output={folder}"], log=lambda line: None)
+    assert again.runs == found.runs
+    assert again.seeds == [0]
 
 
 def test_mistakes_come_before_the_first_run(tmp_path):

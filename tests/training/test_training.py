@@ -169,7 +169,7 @@ def test_a_starting_model_that_is_not_finite(short):
     torch.save(whole, run.folder / "nan.pt")
     config = load_config(None, [f"output={run.folder}", "name=s", f"pretrain.checkpoint={run.folder / 'nan.pt'}"])
     assert config.pretrain.epochs == 0
-    with pytest.raises(NotFinite, match="the model's logits are not finite"):
+    with pytest.raises(NotFinite, match="the model's logits are not finite before energy begins"):
         train(config, log=silent, report=False)
 
 
@@ -220,6 +220,8 @@ def test_images_of_your_own(short):
     run = train(short(), log=silent, report=False, split=split)
     assert run.method.accuracy > 0.9
     assert set(run.method.ood) == {"dark"}
+    asked = train(short("name=f", "data.outlier_augmentation=flip"), log=silent, report=False, split=split)
+    assert (asked.split.augmentation, asked.split.outlier_augmentation) == ("none", "flip")
     assert load_run(run.folder).classes == ("whole", "half")
     config = load_config(str(run.folder / "config.yaml"))
     assert config.data.name == "python:mine"
