@@ -40,9 +40,10 @@ class Augmentation:
 def vary(images: Tensor, random: Tensor) -> Tensor:
     """Random quarter turns, inversion and contrast of images with H = W; `random` is [B, 5].
 
-    Two classes of digits are a narrow picture of the unknown: trained with them alone, the energy separates
-    photographs worse than before (`oodkern train data.outlier_augmentation=none` shows it). Never a half turn: it
-    makes nines of sixes, and nines are what the embedded data set tests on.
+    Two classes of digits are a narrow picture of the unknown: trained with them alone, the energy may separate
+    photographs worse than before (`oodkern train data.outlier_augmentation=none`: AUROC 76 before and 65 after on seed
+    0, 84 and 94 on seed 1, 91 and 89 on seed 2; with it 100). Never a half turn: it makes nines of sixes, and nines are
+    what the embedded data set tests on.
     """
     turn, invert, change, contrast, shift = random.view(-1, 5, 1, 1, 1).unbind(1)
     left, right = images.rot90(1, (2, 3)), images.rot90(-1, (2, 3))

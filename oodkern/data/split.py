@@ -104,7 +104,7 @@ def digests(images: ImageSet) -> list[Any]:
     if isinstance(images, ArraySet):
         return [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.array.numpy()]
     if isinstance(images, FolderSet):
-        # A folder is resolved once for all of its files: 9 microseconds a file, against 31 for resolving each.
+        # A folder is resolved once for all of its files: a third of the time that resolving each file takes.
         real: dict[Path, str] = {}
         for folder in {path.parent for path in images.paths}:
             real[folder] = os.path.realpath(folder)
