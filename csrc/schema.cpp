@@ -12,6 +12,49 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   m.def("joint_energy_backward(Tensor grad, Tensor logits) -> Tensor");
   m.def("joint_energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits) -> (Tensor, Tensor)");
 
+  // Rooms whose heart is a product features @ weight.T that is never stored. An output that was not asked for
+  // (`for_...` false) is a tensor without elements.
+
+  // Room `linear_energy`: `score` is "energy" or "joint_energy"; `value` is what linear_score gave.
+  m.def("linear_score(str score, Tensor features, Tensor weight, Tensor? bias, float temperature) -> Tensor");
+  m.def(
+      "linear_score_backward(str score, Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor value, "
+      "float temperature, bool for_features, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_score_double_backward(str score, Tensor? features_cotangent, Tensor? weight_cotangent, "
+      "Tensor? bias_cotangent, Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor value, "
+      "float temperature, bool for_features, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_scores(Tensor features, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Room `subspace`.
+  m.def("alignment(Tensor features, Tensor weight) -> Tensor");
+  m.def(
+      "alignment_backward(Tensor grad, Tensor features, Tensor weight, bool for_features, bool for_weight) -> "
+      "(Tensor, Tensor)");
+  m.def("subspace_energy(Tensor features, Tensor basis) -> (Tensor, Tensor)");
+  m.def(
+      "subspace_energy_backward(Tensor grad_inside, Tensor grad_outside, Tensor features, Tensor basis, "
+      "bool for_features, bool for_basis) -> (Tensor, Tensor)");
+  m.def(
+      "subspace_energy_double_backward(Tensor? features_cotangent, Tensor? basis_cotangent, Tensor grad_inside, "
+      "Tensor grad_outside, Tensor features, Tensor basis, bool for_features, bool for_basis) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+
+  // Room `contrast`: the loss and the logsumexp of each query's row and, where `symmetric`, each key's column.
+  m.def(
+      "info_nce(Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, Tensor? key_labels, "
+      "Tensor temperature, bool normalize, bool symmetric) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "info_nce_backward(Tensor grad, Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, "
+      "Tensor? key_labels, Tensor temperature, Tensor query_lse, Tensor key_lse, bool normalize, bool symmetric, "
+      "bool for_queries, bool for_keys) -> (Tensor, Tensor, Tensor)");
+
+  // Room `select`.
+  m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");
+
+  // Multiply-adds that this process's CPU products have done so far.
+  m.def("multiplications() -> int");
+
   // The CPU instruction sets that were built and that this processor has, worst first, between spaces; the one
   // in use (the best, unless another was chosen).
   m.def("instruction_sets() -> str");

@@ -13,10 +13,38 @@ import importlib
 from typing import Any
 
 from oodkern.backends import backend, choose_backend
-from oodkern.ops import energy, joint_energy
+from oodkern.ops import (
+    alignment,
+    energy,
+    info_nce,
+    joint_energy,
+    linear_energy,
+    linear_joint_energy,
+    linear_scores,
+    nearest_center,
+    orthonormal_basis,
+    subspace_energy,
+)
 
 __version__ = "0.1.0"
-__all__ = ["backend", "choose_backend", "energy", "joint_energy", "losses", "metrics", "models", "reference"]
+__all__ = [
+    "alignment",
+    "backend",
+    "choose_backend",
+    "energy",
+    "info_nce",
+    "joint_energy",
+    "linear_energy",
+    "linear_joint_energy",
+    "linear_scores",
+    "losses",
+    "metrics",
+    "models",
+    "nearest_center",
+    "orthonormal_basis",
+    "reference",
+    "subspace_energy",
+]
 
 _MODULES = ("config", "data", "losses", "methods", "metrics", "models", "reference", "training")
 

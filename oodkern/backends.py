@@ -7,13 +7,17 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from oodkern import _native
+from oodkern import _native, triton_kernels
 
 BACKENDS = ("native", "triton", "reference")
 
 # Room -> kind of device -> its kernels, best first. `reference` serves every room and device.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "energy": {"cpu": ("native",), "cuda": ()},
+    "linear_energy": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,15 +46,20 @@ def choose_backend(
     device = "cuda" if arch.startswith("sm_") else arch
     if dtype in DTYPES:
         for name in KERNELS[room].get(device, ()):
-            if name in available:
+            if name in available and not (name == "triton" and dtype == torch.float64):
                 return name
     return "reference"
 
 
 def available_backends(device: str) -> tuple[str, ...]:
     """The backends that can be used for tensors of a device type in this process."""
-    native = _native.missing.get(device, "unsupported device") == ""
-    return ("native", "reference") if native else ("reference",)
+    return (*(name for name in ("native", "triton") if not missing(name, device)), "reference")
+
+
+def missing(name: str, device: str) -> str:
+    """Why "native" or "triton" cannot be used on a device type; empty where it can."""
+    known = _native.missing if name == "native" else triton_kernels.missing
+    return known.get(device, f"it has no kernels for {device}")
 
 
 def arch_of(device: torch.device) -> str:
@@ -61,20 +70,24 @@ def arch_of(device: torch.device) -> str:
     return device.type
 
 
-def backend_for(room: str, tensor: torch.Tensor, D: int = 0) -> str:
-    """The backend for `room` on a tensor [..., K]: the one demanded by `backend()`, else `choose_backend`'s."""
+def backend_for(room: str, tensor: torch.Tensor, K: int | None = None) -> str:
+    """The backend for `room`: the one demanded by `backend()`, else `choose_backend`'s.
+
+    `tensor` is [..., K] logits or, where the number of classes K is given, [..., D] features.
+    """
     device = tensor.device.type
     available = available_backends(device)
     if _demanded is not None:
         offered = (*KERNELS[room].get(device, ()), "reference")
         if _demanded not in offered or _demanded not in available:
-            why = _native.missing.get(device, "") if _demanded in offered else f"it has {', '.join(offered)}"
-            raise RuntimeError(f"backend({_demanded!r}) cannot compute `{room}` on {device}: {why or 'not installed'}")
+            why = missing(_demanded, device) if _demanded in offered else f"it has {', '.join(offered)}"
+            raise RuntimeError(f"backend({_demanded!r}) cannot compute `{room}` on {device}: {why}")
         return _demanded
     if available == ("reference",):
         return "reference"  # without asking a GPU what it is
-    K = tensor.shape[-1]
-    rows = tensor.numel() // K if K else 0
+    columns = tensor.shape[-1]
+    rows = tensor.numel() // columns if columns else 0
+    D, K = (0, columns) if K is None else (columns, K)
     return choose_backend(room, rows, D, K, tensor.dtype, arch_of(tensor.device), available)
 
 

@@ -42,3 +42,111 @@ def joint_energy(logits: Tensor) -> Tensor:
     z = widen(logits)
     positive = z > 0
     return (torch.where(positive, z, 0.0) + torch.where(positive, -z, z).exp().log1p()).sum(-1)
+
+
+def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Logits [N, K] of features [N, D], weight [K, D] and bias [K], formed and kept in float32 at least."""
+    return torch.nn.functional.linear(widen(features), widen(weight), None if bias is None else widen(bias))
+
+
+def linear_energy(features: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """E = -T log sum_k exp((x . w_k + b_k) / T) of each row."""
+    return energy(linear(features, weight, bias), temperature)
+
+
+def linear_joint_energy(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """J = sum_k softplus(x . w_k + b_k) of each row."""
+    return joint_energy(linear(features, weight, bias))
+
+
+def linear_scores(
+    features: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """energy, joint_energy, max_logit, argmax and msp = exp(max_logit + energy) of each row's logits."""
+    z = linear(features, weight, bias)
+    low = energy(z)
+    max_logit, argmax = z.max(-1)
+    return low, joint_energy(z), max_logit, argmax, (max_logit + low).exp()
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Each row divided by its norm; a row of zeros stays one, with gradient zero."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0)
+
+
+def alignment(features: Tensor, weight: Tensor) -> Tensor:
+    """(1/K) sum_k |cos(x, w_k)| of each row."""
+    cosines = unit(widen(features)) @ unit(widen(weight)).T
+    return cosines.abs().sum(-1) / max(len(weight), 1)
+
+
+def subspace_energy(features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """inside = ||U^T x||^2 and outside = ||x - U U^T x||^2 of each row, for a basis U [D, r].
+
+    The residual is formed and then squared: ||x||^2 - ||U^T x||^2 cancels where little is left outside.
+    """
+    x, u = widen(features), widen(basis)
+    dtype = torch.promote_types(x.dtype, u.dtype)
+    x, u = x.to(dtype), u.to(dtype)
+    inside = x @ u
+    outside = x - inside @ u.T
+    return (inside * inside).sum(-1), (outside * outside).sum(-1)
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    target: Tensor | None,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    symmetric: bool = False,
+    positives: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """log sum_j exp(s_ij) - mean of s_ij over the positives j of query i, with s = q k^T / temperature.
+
+    The positives are key target[i], or with `positives` all keys of the query's label (none: the row is 0).
+    Symmetric: the mean of that and of the keys' direction, log sum_i exp(s_ij) - mean of s_ij over the positives i
+    of key j, taken at j = target[i], or with `positives` at j = i.
+    """
+    q, k = widen(queries), widen(keys)
+    if normalize:
+        q, k = unit(q), unit(k)
+    s = q @ k.T / temperature
+
+    def direction(s: Tensor, own: Tensor) -> Tensor:
+        count = own.sum(-1)
+        positive = torch.where(own, s, 0.0).sum(-1) / count.clamp_min(1)
+        return torch.where(count > 0, -energy(s) - positive, 0.0)
+
+    if positives is not None:
+        own = positives[0][:, None] == positives[1][None, :]
+        rows = direction(s, own)
+        return (rows + direction(s.T, own.T)) / 2 if symmetric else rows
+    assert target is not None
+    picked = s.gather(1, target[:, None]).squeeze(1)
+    rows = -energy(s) - picked
+    return (rows + (-energy(s.T))[target] - picked) / 2 if symmetric else rows
+
+
+def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of the nearest center of each row, and the squared distance to it."""
+    x, c = widen(features), widen(centers)
+    distance, index = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").square().min(-1)
+    return index, distance
+
+
+def orthonormal_basis(weight: Tensor, rank: int | None = None) -> Tensor:
+    """The leading `rank` right singular vectors [D, r] of weight [K, D]: an orthonormal basis of its row space.
+
+    By default as many as singular values exceed max(K, D) eps times the largest, eps that of weight's dtype.
+    """
+    factor = weight.double()
+    if len(factor) > factor.shape[1]:  # the row space of the small triangular factor is the same
+        factor = torch.linalg.qr(factor, mode="r").R
+    _, values, vectors = torch.linalg.svd(factor, full_matrices=False)
+    if rank is None:
+        largest = values[0] if len(values) else 0.0
+        eps = torch.finfo(weight.dtype).eps
+        rank = int((values > max(weight.shape) * eps * largest).sum())
+    return vectors[:rank].T.float().contiguous()

@@ -1,5 +1,20 @@
 """Differentiable functions over the kernels: level 1 of use. Everything here is also a name of `oodkern`."""
 
+from oodkern.ops.contrast import info_nce
 from oodkern.ops.energy import energy, joint_energy
+from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
+from oodkern.ops.select import nearest_center
+from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 
-__all__ = ["energy", "joint_energy"]
+__all__ = [
+    "alignment",
+    "energy",
+    "info_nce",
+    "joint_energy",
+    "linear_energy",
+    "linear_joint_energy",
+    "linear_scores",
+    "nearest_center",
+    "orthonormal_basis",
+    "subspace_energy",
+]

@@ -1,0 +1,225 @@
+"""Room `contrast`: mutual-information contrast of two sets of features.
+
+InfoNCE with s_ij = r_i c_j (q_i . k_j) / T, r and c the reciprocal norms (1 without normalising), rows' and columns'
+logsumexp L_i and C_j, and the derivative G_ij of the weighted losses in s_ij, one tile of which is formed at a time:
+
+    G_ij = a_i (exp(s_ij - L_i) - [j is i's positive]) + b_j (exp(s_ij - C_j) - [i is j's positive])
+    dq_i = r_i sum_j G_ij c_j k_j / T,  less its part along q_i where rows are normalised; dk_j alike
+    dT   = -(1 / T) sum_ij G_ij s_ij
+
+The product of queries and keys is formed once for the value and once for all gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oodkern import reference
+from oodkern.backends import backend_for
+from oodkern.ops._checks import LARGEST_TEMPERATURE, check_tensor, check_temperature, score_dtype
+from oodkern.ops._product import (
+    autocast,
+    check_beside,
+    check_matrix,
+    gradient_like,
+    no_second,
+    one_by_one,
+    raw,
+    register_fake,
+    wanted,
+)
+
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    target: Tensor | None,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    symmetric: bool = False,
+    positives: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """InfoNCE loss of each query, log sum_j exp(s_ij) - s_i,target, with s_ij = q_i . k_j / temperature, [N].
+
+    Args:
+        queries: [N, D], float64, float32, bfloat16 or float16.
+        keys: [M, D], in the dtype of the queries (under autocast both are cast to its dtype).
+        target: [N] integers in 0..M-1, the index of each query's positive key; None with `positives`.
+        temperature: T > 0, a number or a tensor of one element, which may require a gradient.
+        normalize: take q and k at norm 1 (a row of zeros stays one).
+        symmetric: the mean of the queries' and the keys' direction; N = M. The keys' is
+            log sum_i exp(s_ij) - s_i,target at j = target[i].
+        positives: labels (of the queries [N], of the keys [M]), integers: all keys of a query's label are its
+            positives, and the mean of their s_ij takes the place of s_i,target. A query without any has loss 0. The
+            keys' direction, at j = i, likewise.
+
+    Returns:
+        [N] in nats; float32 (float64 for float64 queries), also under autocast. log(M) minus its mean bounds the
+        mutual information of positive pairs from below.
+
+    Differentiable once, in queries, keys and a tensor temperature. Neither scores nor masks [N, M] are stored.
+    Raises TypeError or ValueError for an argument of the wrong kind or shape.
+
+    Source: van den Oord, Li, Vinyals, Representation Learning with Contrastive Predictive Coding, 2018; several
+    positives: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (their L_out).
+    """
+    check_matrix(queries, "queries")
+    mixed = torch.is_autocast_enabled(queries.device.type)
+    check_matrix(keys, "keys", "M, D")
+    if keys.shape[1] != queries.shape[1]:
+        raise ValueError(f"keys: expected [M, {queries.shape[1]}] as queries are, got {list(keys.shape)}")
+    check_beside(keys, "keys", queries, "queries", dtype=not mixed)
+    N, M = len(queries), len(keys)
+    if symmetric and N != M:
+        raise ValueError(f"keys: expected {N} rows as queries have, since symmetric, got {M}")
+    if positives is not None:
+        if target is not None:
+            raise ValueError("target: expected None beside positives, which say which keys are positive")
+        if not isinstance(positives, tuple | list) or len(positives) != 2:
+            raise TypeError("positives: expected labels of the queries and labels of the keys, a pair of tensors")
+        positives = (
+            _indices(positives[0], "positives[0]", N, queries),
+            _indices(positives[1], "positives[1]", M, queries),
+        )
+    else:
+        target = _indices(target, "target", N, queries)
+        # Reading values would make a GPU wait and torch.compile break its graph.
+        if N and target.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched(target):
+            low, high = int(target.min()), int(target.max())
+            if low < 0 or high >= M:
+                raise ValueError(f"target: expected keys in 0..{M - 1}, got {low if low < 0 else high}")
+    temperature = _temperature(temperature, queries)
+    queries, keys = autocast(queries, keys)
+    backend = backend_for("contrast", queries, M)
+    if backend == "reference":
+        return reference.info_nce(queries, keys, target, temperature, normalize, symmetric, positives)
+    labels = (None, None) if positives is None else positives
+    arguments = (queries, keys, target, labels[0], labels[1], temperature, bool(normalize), bool(symmetric))
+    return InfoNCE.apply(backend, *arguments)[0]
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Inside torch.vmap, where values cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _indices(value: Any, name: str, count: int, beside: Tensor) -> Tensor:
+    check_tensor(value, name)
+    if value.dtype not in LABELS:
+        raise TypeError(f"{name}: expected integers, got {str(value.dtype).removeprefix('torch.')}")
+    if tuple(value.shape) != (count,):
+        raise ValueError(f"{name}: expected [{count}], one number a row, got {list(value.shape)}")
+    check_beside(value, name, beside, "queries", dtype=False)
+    return value.long()
+
+
+def _temperature(value: Any, queries: Tensor) -> Tensor:
+    """As a tensor without dimensions, in the dtype of scores."""
+    if not isinstance(value, Tensor):
+        return torch.full((), check_temperature(value), dtype=score_dtype(queries), device=queries.device)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"temperature: expected a number or a floating tensor of one element, got {list(value.shape)}"
+            f" {str(value.dtype).removeprefix('torch.')}"
+        )
+    check_beside(value, "temperature", queries, "queries", dtype=False)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched(value):
+        number = float(value.detach())
+        if not 1 / LARGEST_TEMPERATURE <= number <= LARGEST_TEMPERATURE:
+            raise ValueError(f"temperature: expected a positive number (between 2^-100 and 2^100), got {number}")
+    return value.reshape(()).to(score_dtype(queries))
+
+
+class InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        backend: str,
+        queries: Tensor,
+        keys: Tensor,
+        target: Tensor | None,
+        query_labels: Tensor | None,
+        key_labels: Tensor | None,
+        temperature: Tensor,
+        normalize: bool,
+        symmetric: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        labels = (target, query_labels, key_labels)
+        return raw(backend, "info_nce", queries, keys, *labels, temperature, normalize, symmetric)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.backend, *tensors, ctx.normalize, ctx.symmetric = inputs
+        _, query_lse, key_lse = output
+        ctx.save_for_backward(*tensors, query_lse, key_lse)
+        ctx.mark_non_differentiable(query_lse, key_lse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+        needs = ctx.needs_input_grad
+        for_queries, for_keys, for_temperature = needs[1], needs[2], needs[6]
+        queries, keys, temperature = InfoNCEGradient.apply(
+            ctx.backend, grad, *ctx.saved_tensors, ctx.normalize, ctx.symmetric, for_queries, for_keys
+        )
+        a, b, t = wanted((queries, keys, temperature), (for_queries, for_keys, for_temperature))
+        return None, a, b, None, None, None, t, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return one_by_one(InfoNCE, info, in_dims, arguments)
+
+
+class InfoNCEGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        backend: str,
+        grad: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        target: Tensor | None,
+        query_labels: Tensor | None,
+        key_labels: Tensor | None,
+        temperature: Tensor,
+        query_lse: Tensor,
+        key_lse: Tensor,
+        normalize: bool,
+        symmetric: bool,
+        for_queries: bool,
+        for_keys: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (grad, queries, keys, target, query_labels, key_labels, temperature, query_lse, key_lse)
+        return raw(backend, "info_nce_backward", *tensors, normalize, symmetric, for_queries, for_keys)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        raise no_second("info_nce")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return one_by_one(InfoNCEGradient, info, in_dims, arguments)
+
+
+def _fake_info_nce(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def per_row(count: Any) -> Tensor:
+        return queries.new_empty(count, dtype=score_dtype(queries))
+
+    symmetric = rest[-1]
+    return per_row(queries.shape[0]), per_row(queries.shape[0]), per_row(keys.shape[0] if symmetric else 0)
+
+
+def _fake_gradient(grad: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    made = [gradient_like(queries, rest[-2]), gradient_like(keys, rest[-1])]
+    parts = [queries.new_empty(0) if gradient is None else gradient for gradient in made]
+    return *parts, queries.new_empty((), dtype=score_dtype(queries))
+
+
+register_fake("info_nce", _fake_info_nce)
+register_fake("info_nce_backward", _fake_gradient)
