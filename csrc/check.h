@@ -6,17 +6,31 @@
 
 namespace oodkern {
 
-inline void check_logits(const Tensor& logits) {
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(logits.dim() >= 1, "logits: expected [..., K], got a tensor without dimensions");
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                      dtype == ScalarType::Half,
-                  "logits: expected float64, float32, bfloat16 or float16");
+inline bool is_floating(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
 }
 
-inline void check_same_shape(const Tensor& tensor, const char* name, const Tensor& logits) {
-  STD_TORCH_CHECK(sizes_of(tensor) == sizes_of(logits) && tensor.scalar_type() == logits.scalar_type(), name,
-                  ": expected the shape and dtype of logits");
+inline void check_logits(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() >= 1, "logits: expected [..., K], got a tensor without dimensions");
+  STD_TORCH_CHECK(is_floating(logits), "logits: expected float64, float32, bfloat16 or float16");
+}
+
+inline void check_same_shape(const Tensor& tensor, const char* name, const Tensor& like, const char* of = "logits") {
+  STD_TORCH_CHECK(sizes_of(tensor) == sizes_of(like) && tensor.scalar_type() == like.scalar_type(), name,
+                  ": expected the shape and dtype of ", of);
+}
+
+inline void check_matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && is_floating(tensor), name,
+                  ": expected a matrix of float64, float32, bfloat16 or float16");
+}
+
+inline void check_same_columns(const Tensor& tensor, const char* name, const Tensor& features) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == features.size(1) &&
+                      tensor.scalar_type() == features.scalar_type(),
+                  name, ": expected a matrix of as many columns, and in the dtype, as the first");
 }
 
 inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& logits) {

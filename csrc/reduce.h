@@ -102,4 +102,41 @@ struct SoftplusSum {
   }
 };
 
+// sum_k |z_k|; the slope at 0 is 0.
+template <class Math>
+struct AbsSum {
+  using Real = typename Math::Real;
+  using Sum = typename Math::Sum;
+  static constexpr bool kPivot = false;
+  struct State {
+    Real maximum;  // unused, as in SoftplusSum
+    Sum sum;
+  };
+
+  explicit OODKERN_HOST_DEVICE AbsSum(double) {}
+
+  static OODKERN_HOST_DEVICE State init() { return {Real(0), Sum(0)}; }
+  static OODKERN_HOST_DEVICE Real pivot(Real, Real) { return Real(0); }
+  OODKERN_HOST_DEVICE Real add(Real z, Real) const { return Math::absolute(z); }
+  OODKERN_HOST_DEVICE State merge(State a, State b) const { return {Real(0), a.sum + b.sum}; }
+  OODKERN_HOST_DEVICE Real value(State s) const { return Real(s.sum); }
+  OODKERN_HOST_DEVICE Real slope(Real z, Real) const { return z > Real(0) ? Real(1) : z < Real(0) ? Real(-1) : z; }
+  OODKERN_HOST_DEVICE Real curvature(Real, Real, Real, Real) const { return Real(0); }
+};
+
+// The largest element and its place, the first of equals: a block's two steps, since the place is needed once a block.
+template <class Real>
+struct ArgMax {
+  struct State {
+    Real maximum;
+    long long index;  // -1: nothing read yet
+  };
+  static OODKERN_HOST_DEVICE State init(Real lowest) { return {lowest, -1}; }
+  static OODKERN_HOST_DEVICE Real pivot(Real z, Real running) { return z > running ? z : running; }
+  // `b` was read after `a`, so it wins by being larger, not by being equal.
+  static OODKERN_HOST_DEVICE State merge(State a, State b) {
+    return a.index < 0 || (b.index >= 0 && b.maximum > a.maximum) ? b : a;
+  }
+};
+
 }  // namespace oodkern

@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/rows.h"
+
 namespace oodkern {
 
 using torch::headeronly::ScalarType;
@@ -43,6 +45,18 @@ inline int64_t common_stride(const Tensor& tensor, int64_t count) {
     expected = tensor.stride(d) * tensor.size(d);
   }
   return stride < 0 ? 0 : stride;
+}
+
+inline Storage storage_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return Storage::kFloat64;
+    case ScalarType::BFloat16: return Storage::kBFloat16;
+    case ScalarType::Half: return Storage::kFloat16;
+    default: return Storage::kFloat32;
+  }
+}
+inline Storage storage_of(const Tensor& tensor) {
+  return storage_of(tensor.scalar_type());
 }
 
 // A tensor [..., K] read as [N, K] with dense rows; copied only when its strides do not allow it.

@@ -1,4 +1,4 @@
-// The engine is compiled once per instruction set (see cpu/simd); the best one that the processor has
+// The engines are compiled once per instruction set (see cpu/simd); the best one that the processor has
 // is chosen at load time. A test may choose another.
 #include "dispatch.h"
 
@@ -11,13 +11,16 @@ namespace oodkern {
 
 namespace baseline {
 void run_rows(const RowCall&, int64_t, int64_t);
+extern const TileEngine tile_engine;
 }
 #if defined(OODKERN_X86_64)
 namespace avx2 {
 void run_rows(const RowCall&, int64_t, int64_t);
+extern const TileEngine tile_engine;
 }
 namespace avx512 {
 void run_rows(const RowCall&, int64_t, int64_t);
+extern const TileEngine tile_engine;
 }
 #endif
 
@@ -25,16 +28,18 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  RowEngine engine;
+  RowEngine rows;
+  const TileEngine* tiles;
   bool supported;  // mirrors the compiler flags of the build
 };
 
 // Best last.
 const InstructionSet kSets[] = {
-    {"baseline", baseline::run_rows, true},
+    {"baseline", baseline::run_rows, &baseline::tile_engine, true},
 #if defined(OODKERN_X86_64)
-    {"avx2", avx2::run_rows, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-    {"avx512", avx512::run_rows,
+    {"avx2", avx2::run_rows, &avx2::tile_engine,
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+    {"avx512", avx512::run_rows, &avx512::tile_engine,
      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl")},
@@ -79,7 +84,11 @@ void use_instruction_set(std::string name) {
 }  // namespace
 
 RowEngine row_engine() {
-  return set_in_use().load()->engine;
+  return set_in_use().load()->rows;
+}
+
+const TileEngine& tile_engine() {
+  return *set_in_use().load()->tiles;
 }
 
 }  // namespace oodkern

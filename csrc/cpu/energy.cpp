@@ -9,15 +9,6 @@ namespace {
 // The least work that PyTorch's own element-wise kernels give a thread; here some 10 microseconds.
 constexpr int64_t kGrainElements = 32768;
 
-Storage storage_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Double: return Storage::kFloat64;
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Half: return Storage::kFloat16;
-    default: return Storage::kFloat32;
-  }
-}
-
 void run(const RowCall& call, int64_t rows) {
   const RowEngine engine = row_engine();
   const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;

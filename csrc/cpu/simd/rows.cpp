@@ -2,65 +2,10 @@
 // and is reduced, or turned into a gradient, on the way. The double backward goes over a row twice and
 // finds it in cache the second time, unless it is longer than that. Compiled once per instruction set.
 #include "../rows.h"
-#include "../../reduce.h"
-#include "math.h"
+#include "blocks.h"
 
 namespace oodkern::OODKERN_ISA {
 namespace {
-
-// 1,024 floats: 4 KiB, so a block, its cotangent and their widened copies share a 32 KiB cache.
-constexpr int64_t kBlock = 1024;
-
-// A block widened to Real: in place where the storage is Real already, through `buffer` otherwise.
-template <class Real>
-OODKERN_INLINE const Real* widen(const Real* block, int64_t, Real*) {
-  return block;
-}
-template <class Stored, class Real>
-OODKERN_INLINE const Real* widen(const Stored* block, int64_t size, Real* buffer) {
-#pragma omp simd
-  for (int64_t k = 0; k < size; ++k) buffer[k] = load(block[k]);
-  return buffer;
-}
-
-// Where a block of results is formed, and how it reaches memory. Two loops vectorise where one that
-// computes and rounds does not (GCC 12, float16 double backward of 65,536 x 1,000: 171 against 43 ms).
-template <class Real>
-OODKERN_INLINE Real* target(Real* block, Real*) {
-  return block;
-}
-template <class Stored, class Real>
-OODKERN_INLINE Real* target(Stored*, Real* buffer) {
-  return buffer;
-}
-template <class Real>
-OODKERN_INLINE void narrow(const Real*, int64_t, Real*) {}
-template <class Stored, class Real>
-OODKERN_INLINE void narrow(const Real* buffer, int64_t size, Stored* block) {
-#pragma omp simd
-  for (int64_t k = 0; k < size; ++k) store(block + k, buffer[k]);
-}
-
-// Widening twice, once for the pivot and once for the sum, costs less than a round trip through a
-// buffer for bfloat16 (a shift; 12.9 against 14.4 ms for 65,536 x 1,000) and more for float16.
-template <class Stored>
-constexpr bool kCostlyLoad = false;
-template <>
-constexpr bool kCostlyLoad<Float16> = true;
-
-template <class Reducer, class Stored>
-OODKERN_INLINE typename Reducer::State reduce_block(const Reducer& reducer, const Stored* z, int64_t size) {
-  using Real = typename Reducer::Real;
-  Real pivot = Reducer::init().maximum;
-  if constexpr (Reducer::kPivot) {
-#pragma omp simd reduction(max : pivot)
-    for (int64_t k = 0; k < size; ++k) pivot = Reducer::pivot(load(z[k]), pivot);
-  }
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < size; ++k) sum += reducer.add(load(z[k]), pivot);
-  return {pivot, sum};
-}
 
 template <class Reducer, class Stored>
 void forward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_t end) {
@@ -170,6 +115,7 @@ void run_rows(const RowCall& call, int64_t begin, int64_t end) {
   switch (call.reduction) {
     case Reduction::kLogSumExp: return run<LogSumExp>(call, begin, end);
     case Reduction::kSoftplusSum: return run<SoftplusSum>(call, begin, end);
+    case Reduction::kAbsSum: return run<AbsSum>(call, begin, end);
   }
 }
 

@@ -1,0 +1,369 @@
+// The work on tiles of products: reductions of their rows and columns, slopes and curvatures in place.
+// Compiled once per instruction set.
+#include "../tiles.h"
+
+#include "blocks.h"
+
+namespace oodkern::OODKERN_ISA {
+namespace {
+
+template <class Real>
+OODKERN_INLINE Real* row_of(const Tile& tile, int64_t row) {
+  return static_cast<Real*>(tile.z) + row * tile.stride;
+}
+template <class Real>
+OODKERN_INLINE const Real* reals(const void* data) {
+  return static_cast<const Real*>(data);
+}
+OODKERN_INLINE int64_t block_size(int64_t count, int64_t at) {
+  return count - at < kBlock ? count - at : kBlock;
+}
+
+// Calls body(Math, Real) for the precision and body's reducer for the reduction.
+template <class Body>
+OODKERN_INLINE void with_math(bool wide, Body&& body) {
+  wide ? body(Double{}) : body(Float{});
+}
+template <class Body>
+OODKERN_INLINE void with_reducer(bool wide, Reduce reduce, Body&& body) {
+  with_math(wide, [&](auto math) {
+    using Math = decltype(math);
+    switch (reduce.reduction) {
+      case Reduction::kLogSumExp: return body(math, LogSumExp<Math>{reduce.temperature});
+      case Reduction::kSoftplusSum: return body(math, SoftplusSum<Math>{0.0});
+      case Reduction::kAbsSum: return body(math, AbsSum<Math>{0.0});
+    }
+  });
+}
+template <class Body>
+OODKERN_INLINE void with_storage(Storage storage, Body&& body) {
+  switch (storage) {
+    case Storage::kFloat64: return body(double{}, double{});
+    case Storage::kFloat32: return body(float{}, float{});
+    case Storage::kBFloat16: return body(BFloat16{}, float{});
+    case Storage::kFloat16: return body(Float16{}, float{});
+  }
+}
+
+void widen_row(Storage from, const void* source, int64_t count, void* target) {
+  with_storage(from, [&](auto stored, auto real) {
+    const auto* in = static_cast<const decltype(stored)*>(source);
+    auto* out = static_cast<decltype(real)*>(target);
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) out[k] = load(in[k]);
+  });
+}
+
+void narrow_row(Storage to, const void* source, int64_t count, void* target) {
+  with_storage(to, [&](auto stored, auto real) {
+    const auto* in = static_cast<const decltype(real)*>(source);
+    auto* out = static_cast<decltype(stored)*>(target);
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) store(out + k, in[k]);
+  });
+}
+
+// Squares are added up in double, a block at a time: a norm is then exact to the rounding of its own.
+double square_sum(Storage storage, const void* row, int64_t count) {
+  double total = 0;
+  with_storage(storage, [&](auto stored, auto) {
+    const auto* x = static_cast<const decltype(stored)*>(row);
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < count; ++k) total += double(load(x[k])) * double(load(x[k]));
+  });
+  return total;
+}
+
+double square_distance(Storage storage, const void* a, const void* b, int64_t count) {
+  double total = 0;
+  with_storage(storage, [&](auto stored, auto) {
+    const auto* x = static_cast<const decltype(stored)*>(a);
+    const auto* y = static_cast<const decltype(stored)*>(b);
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < count; ++k) {
+      const double difference = double(load(x[k])) - double(load(y[k]));
+      total += difference * difference;
+    }
+  });
+  return total;
+}
+
+void remove_direction(bool wide, void* row, const void* direction, int64_t count, double scale) {
+  with_math(wide, [&](auto math) {
+    using Real = typename decltype(math)::Real;
+    auto* x = static_cast<Real*>(row);
+    const auto* d = reals<Real>(direction);
+    double dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t k = 0; k < count; ++k) dot += double(x[k]) * double(d[k]);
+    const Real along = Real(dot * scale);
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) x[k] -= along * d[k];
+  });
+}
+
+void affine(const Tile& tile, const void* row_scale, const void* column_scale, const void* bias) {
+  with_math(tile.wide, [&](auto math) {
+    using Real = typename decltype(math)::Real;
+    const Real* c = reals<Real>(column_scale);
+    const Real* b = reals<Real>(bias);
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      Real* z = row_of<Real>(tile, row);
+      const Real r = row_scale ? reals<Real>(row_scale)[row] : Real(1);
+      if (c) {
+#pragma omp simd
+        for (int64_t k = 0; k < tile.columns; ++k) z[k] = z[k] * (r * c[k]);
+      } else if (row_scale) {
+#pragma omp simd
+        for (int64_t k = 0; k < tile.columns; ++k) z[k] *= r;
+      }
+      if (b) {
+#pragma omp simd
+        for (int64_t k = 0; k < tile.columns; ++k) z[k] += b[k];
+      }
+    }
+  });
+}
+
+template <class Reducer>
+OODKERN_INLINE RowState merged(const Reducer& reducer, RowState a, typename Reducer::State b) {
+  using State = typename Reducer::State;
+  using Real = typename Reducer::Real;
+  const State sum = reducer.merge(State{Real(a.maximum), a.sum}, b);
+  return {double(sum.maximum), sum.sum};
+}
+
+void begin(Reduce reduce, int64_t rows, RowState* state) {
+  with_reducer(true, reduce, [&](auto, auto reducer) {
+    const auto first = reducer.init();
+    for (int64_t row = 0; row < rows; ++row) state[row] = {first.maximum, first.sum};
+  });
+}
+
+void reduce(const Tile& tile, Reduce how, RowState* state) {
+  with_reducer(tile.wide, how, [&](auto math, auto reducer) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const Real* z = row_of<Real>(tile, row);
+      for (int64_t at = 0; at < tile.columns; at += kBlock) {
+        state[row] = merged(reducer, state[row], reduce_block(reducer, z + at, block_size(tile.columns, at)));
+      }
+    }
+  });
+}
+
+void finish(bool wide, Reduce how, int64_t rows, const RowState* state, double sign, void* out) {
+  with_reducer(wide, how, [&](auto math, auto reducer) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < rows; ++row) {
+      const typename decltype(reducer)::State s{Real(state[row].maximum), state[row].sum};
+      static_cast<Real*>(out)[row] = Real(sign) * reducer.value(s);
+    }
+  });
+}
+
+void best(const Tile& tile, int64_t first_column, Best* best) {
+  with_math(tile.wide, [&](auto math) {
+    using Math = decltype(math);
+    using Real = typename Math::Real;
+    using Arg = ArgMax<Real>;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const Real* z = row_of<Real>(tile, row);
+      auto state = typename Arg::State{Real(best[row].maximum), best[row].index};
+      for (int64_t at = 0; at < tile.columns; at += kBlock) {
+        const int64_t size = block_size(tile.columns, at);
+        Real maximum = -Math::infinity();
+#pragma omp simd reduction(max : maximum)
+        for (int64_t k = 0; k < size; ++k) maximum = Arg::pivot(z[at + k], maximum);
+        if (state.index >= 0 && !(maximum > state.maximum)) continue;
+        int64_t k = 0;
+        while (k + 1 < size && z[at + k] != maximum) ++k;
+        state = Arg::merge(state, {maximum, first_column + at + k});
+      }
+      best[row] = {double(state.maximum), state.index};
+    }
+  });
+}
+
+void slope(const Tile& tile, Reduce how, const void* value, const void* scale) {
+  with_reducer(tile.wide, how, [&](auto math, auto reducer) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      Real* z = row_of<Real>(tile, row);
+      const Real v = reals<Real>(value)[row], g = reals<Real>(scale)[row];
+#pragma omp simd
+      for (int64_t k = 0; k < tile.columns; ++k) z[k] = g * reducer.slope(z[k], v);
+    }
+  });
+}
+
+void second_sum(const Tile& z_tile, const Tile& t_tile, Reduce how, const void* value, double* u) {
+  with_reducer(z_tile.wide, how, [&](auto math, auto reducer) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < z_tile.rows; ++row) {
+      const Real* z = row_of<Real>(z_tile, row);
+      const Real* t = row_of<Real>(t_tile, row);
+      const Real v = reals<Real>(value)[row];
+      for (int64_t at = 0; at < z_tile.columns; at += kBlock) {
+        const int64_t end = at + block_size(z_tile.columns, at);
+        Real part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t k = at; k < end; ++k) part += t[k] * reducer.slope(z[k], v);
+        u[row] += double(part);
+      }
+    }
+  });
+}
+
+void second(const Tile& z_tile, const Tile& t_tile, Reduce how, const void* value, const void* scale,
+            const double* u) {
+  with_reducer(z_tile.wide, how, [&](auto math, auto reducer) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < z_tile.rows; ++row) {
+      Real* z = row_of<Real>(z_tile, row);
+      Real* t = row_of<Real>(t_tile, row);
+      const Real v = reals<Real>(value)[row], g = reals<Real>(scale)[row], sum = Real(u[row]);
+#pragma omp simd
+      for (int64_t k = 0; k < z_tile.columns; ++k) {
+        t[k] = g * reducer.curvature(z[k], v, t[k], sum);
+        z[k] = g * reducer.slope(z[k], v);
+      }
+    }
+  });
+}
+
+// Columns are added up along the rows of a block of both: in Real within, in double from block to block.
+constexpr int64_t kRowsOfBlock = 64;
+
+void column_sums(const Tile& tile, double* sum) {
+  with_math(tile.wide, [&](auto math) {
+    using Real = typename decltype(math)::Real;
+    alignas(64) Real part[kBlock];
+    for (int64_t at = 0; at < tile.columns; at += kBlock) {
+      const int64_t size = block_size(tile.columns, at);
+      for (int64_t first = 0; first < tile.rows; first += kRowsOfBlock) {
+        const int64_t last = first + kRowsOfBlock < tile.rows ? first + kRowsOfBlock : tile.rows;
+        for (int64_t k = 0; k < size; ++k) part[k] = 0;
+        for (int64_t row = first; row < last; ++row) {
+          const Real* z = row_of<Real>(tile, row) + at;
+#pragma omp simd
+          for (int64_t k = 0; k < size; ++k) part[k] += z[k];
+        }
+        for (int64_t k = 0; k < size; ++k) sum[at + k] += double(part[k]);
+      }
+    }
+  });
+}
+
+void reduce_columns(const Tile& tile, RowState* state) {
+  with_math(tile.wide, [&](auto math) {
+    using Math = decltype(math);
+    using Real = typename Math::Real;
+    using Reducer = LogSumExp<Math>;
+    const Reducer reducer{1.0};
+    alignas(64) Real maximum[kBlock], sum[kBlock];
+    for (int64_t at = 0; at < tile.columns; at += kBlock) {
+      const int64_t size = block_size(tile.columns, at);
+      for (int64_t first = 0; first < tile.rows; first += kRowsOfBlock) {
+        const int64_t last = first + kRowsOfBlock < tile.rows ? first + kRowsOfBlock : tile.rows;
+        for (int64_t k = 0; k < size; ++k) maximum[k] = Reducer::init().maximum, sum[k] = 0;
+        for (int64_t row = first; row < last; ++row) {
+          const Real* z = row_of<Real>(tile, row) + at;
+#pragma omp simd
+          for (int64_t k = 0; k < size; ++k) maximum[k] = Reducer::pivot(z[k], maximum[k]);
+        }
+        for (int64_t row = first; row < last; ++row) {
+          const Real* z = row_of<Real>(tile, row) + at;
+#pragma omp simd
+          for (int64_t k = 0; k < size; ++k) sum[k] += reducer.add(z[k], maximum[k]);
+        }
+        for (int64_t k = 0; k < size; ++k) {
+          state[at + k] = merged(reducer, state[at + k], {maximum[k], double(sum[k])});
+        }
+      }
+    }
+  });
+}
+
+void positives(const Tile& tile, const Positives& which, bool by_column, double* sum) {
+  with_math(tile.wide, [&](auto math) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const Real* z = row_of<Real>(tile, row);
+      if (which.target) {
+        const int64_t k = which.target[row];
+        if (k >= 0 && k < tile.columns) sum[by_column ? k : row] += double(z[k]);
+        continue;
+      }
+      const int64_t own = which.row_label[row];
+      const int64_t* label = which.column_label;
+      if (by_column) {
+#pragma omp simd
+        for (int64_t k = 0; k < tile.columns; ++k) sum[k] += label[k] == own ? double(z[k]) : 0.0;
+        continue;
+      }
+      double part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t k = 0; k < tile.columns; ++k) part += label[k] == own ? double(z[k]) : 0.0;
+      sum[row] += part;
+    }
+  });
+}
+
+void contrast(const Tile& tile, const Contrast& c, double* product) {
+  with_math(tile.wide, [&](auto math) {
+    using Math = decltype(math);
+    using Real = typename Math::Real;
+    const LogSumExp<Math> reducer{1.0};
+    const Real* b = reals<Real>(c.column_scale);
+    const Real* column_lse = reals<Real>(c.column_lse);
+    const Real* column_positive = reals<Real>(c.column_positive);
+    alignas(64) Real grad[kBlock];
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      Real* z_row = row_of<Real>(tile, row);
+      const Real a = reals<Real>(c.row_scale)[row], lse = reals<Real>(c.row_lse)[row];
+      const Real taken = reals<Real>(c.row_positive)[row];
+      double total = 0;
+      for (int64_t at = 0; at < tile.columns; at += kBlock) {
+        const int64_t size = block_size(tile.columns, at);
+        Real* z = z_row + at;
+#pragma omp simd
+        for (int64_t k = 0; k < size; ++k) grad[k] = a * reducer.slope(z[k], lse);
+        if (b) {
+#pragma omp simd
+          for (int64_t k = 0; k < size; ++k) grad[k] += b[at + k] * reducer.slope(z[k], column_lse[at + k]);
+        }
+        if (c.positives.target) {
+          const int64_t k = c.positives.target[row] - at;
+          if (k >= 0 && k < size) grad[k] -= taken;
+        } else {
+          const int64_t own = c.positives.row_label[row];
+          const int64_t* label = c.positives.column_label + at;
+#pragma omp simd
+          for (int64_t k = 0; k < size; ++k) grad[k] -= label[k] == own ? taken : Real(0);
+          if (b) {
+#pragma omp simd
+            for (int64_t k = 0; k < size; ++k) grad[k] -= label[k] == own ? column_positive[at + k] : Real(0);
+          }
+        }
+        double part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t k = 0; k < size; ++k) part += double(grad[k]) * double(z[k]);
+        total += part;
+#pragma omp simd
+        for (int64_t k = 0; k < size; ++k) z[k] = grad[k];
+      }
+      product[row] += total;
+    }
+  });
+}
+
+}  // namespace
+
+extern const TileEngine tile_engine;
+const TileEngine tile_engine = {
+    widen_row, narrow_row, square_sum, square_distance, remove_direction, affine,         begin,     reduce,  finish,
+    best,      slope,      second_sum, second,          column_sums,      reduce_columns, positives, contrast,
+};
+
+}  // namespace oodkern::OODKERN_ISA

@@ -1,0 +1,127 @@
+// The CPU engine of products that are never stored: features are gone through in waves of rows, classes in slices; the
+// tile of a wave and a slice is formed by the BLAS, worked on while it is in cache, multiplied into the gradients, and
+// forgotten. What it holds does not depend on N, and hardly on K.
+#pragma once
+
+#include <functional>
+#include <optional>
+
+#include "../stable.h"
+#include "blas.h"
+#include "dispatch.h"
+#include "pages.h"
+
+namespace oodkern {
+
+// All that an op holds beyond its arguments, results and gradients.
+constexpr int64_t kWorkspaceBytes = int64_t(15) << 20;
+
+// Memory of PyTorch's allocator, given back with the object.
+class Workspace {
+ public:
+  explicit Workspace(const Tensor& like) : like_(like) {}
+  void* take(int64_t bytes) {
+    if (bytes <= 0) return nullptr;
+    held_.push_back(empty_of(like_, {bytes}, ScalarType::Byte));
+    return held_.back().mutable_data_ptr();
+  }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> held_;
+};
+
+// What products are computed in: as stored where they can be, in float32 elsewhere.
+inline Storage product_storage(Storage stored) {
+  if (stored == Storage::kFloat64) return stored;
+  return stored == Storage::kBFloat16 && has_bfloat16_products() ? stored : Storage::kFloat32;
+}
+inline int64_t bytes_of(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
+// A matrix [N, D], read some rows at a time: in place where the BLAS can, through a buffer elsewhere.
+class Operand {
+ public:
+  Operand(const Tensor& tensor, Storage read);
+  int64_t rows() const { return rows_.rows; }
+  int64_t columns() const { return rows_.columns; }
+  Storage stored() const { return stored_; }
+  Storage read() const { return read_; }
+  bool in_place() const { return in_place_; }
+  const void* row(int64_t i) const;
+  // Rows [begin, begin + count) for the BLAS. A buffer holds them already where `copied`.
+  Matrix block(int64_t begin, int64_t count, void* buffer, bool copied = false) const;
+
+ private:
+  Rows rows_;
+  Storage stored_, read_;
+  bool in_place_;
+};
+
+// A gradient that is added up over tiles, and its rows' part along `radial` rows that is taken out at the end.
+struct Gradient {
+  Tensor result;                     // [N, D]
+  const void* reciprocal = nullptr;  // [N] double: 1 / |row|, or null where nothing is taken out
+};
+
+// Some rows of a tile.
+struct Part {
+  int64_t row;       // the first, in the matrix
+  int64_t wave_row;  // the first, in the wave
+  int64_t column;    // the first class
+  Tile z;            // x w^T
+  Tile t;            // v w^T + x u^T, where there is a second tile
+  bool again;        // formed a second time, for dw alone: what is added up of tiles has been
+};
+
+class Walk {
+ public:
+  Walk(const Operand& features, const Operand& weight) : x(features), w(weight) {}
+
+  const Operand& x;  // [N, D]
+  const Operand& w;  // [K, D]
+  const Operand* v = nullptr;
+  const Operand* u = nullptr;
+  bool second = false;
+  // Where `second`: dx += t w + z u, dw += t^T x + z^T v; else dx += z w, dw += z^T x, of the tiles as on_rows left them.
+  Gradient* dx = nullptr;
+  Gradient* dw = nullptr;
+  double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
+
+  // Sizes of tiles, from what was set above.
+  void plan();
+  int64_t wave() const { return wave_; }                         // rows: what a row has come to is kept for so many
+  bool whole_rows() const { return slice_ >= w.rows(); }         // a tile has all classes
+
+  // `on_rows` is called by one thread a part; `on_columns` afterwards, with all rows of the wave and some columns.
+  using Visit = std::function<void(const Part&)>;
+  void run(Workspace& workspace, const Visit& on_rows, const Visit& on_columns = nullptr);
+
+ private:
+  struct Place;
+  bool wide() const { return x.read() == Storage::kFloat64; }
+  bool narrowed() const { return x.read() == Storage::kBFloat16 && (dx || dw); }
+  bool direct(const Gradient& gradient) const;
+  int64_t real() const { return wide() ? 8 : 4; }
+  void allocate(Workspace& workspace);
+  void visit(const Place& place, const Visit& on_rows, const Visit& on_columns);
+  void form(const Place& place, int64_t first, int64_t count, const Visit& on_rows);
+  void finish_rows(Gradient& gradient, const Operand& operand, void* rows, int64_t first, int64_t count) const;
+  Tile tile(void* data, int64_t row, int64_t rows, int64_t column, int64_t columns) const;
+  Matrix factor(void* reals, void* halves, int64_t row, int64_t column) const;
+
+  int64_t wave_ = 0, slice_ = 0, block_ = 0, stride_ = 0;
+  bool whole_ = true;  // dw is added up for all classes at once
+  void *z_ = nullptr, *t_ = nullptr, *z16_ = nullptr, *t16_ = nullptr;
+  void *x_ = nullptr, *w_ = nullptr, *v_ = nullptr, *u_ = nullptr;
+  void *dx_ = nullptr, *dw_ = nullptr;
+};
+
+// 1 / |row| of each row as double, 0 for a row of zeros.
+void reciprocal_norms(const Operand& operand, double* out);
+
+// Numbers of rows [first, first + count) of a column, times a factor, as Real.
+std::vector<char> reals_of(bool wide, const Column& column, int64_t first, int64_t count, double factor);
+
+}  // namespace oodkern
