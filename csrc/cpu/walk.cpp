@@ -119,13 +119,14 @@ Matrix Walk::factor(void* reals, void* halves, int64_t row, int64_t column) cons
 void Walk::finish_rows(Gradient& gradient, const Operand& operand, void* rows, int64_t first, int64_t count) const {
   const int64_t D = operand.columns();
   const Storage storage = storage_of(gradient.result);
-  std::vector<char> direction(gradient.reciprocal ? D * real() : 0);
+  std::vector<char> direction(gradient.radial ? D * real() : 0);
   for (int64_t i = 0; i < count; ++i) {
     void* sums = at(rows, i * D * real());
-    if (gradient.reciprocal) {
-      const double r = static_cast<const double*>(gradient.reciprocal)[first + i];
-      tile_engine().widen(operand.stored(), operand.row(first + i), D, direction.data());
-      tile_engine().remove(wide(), sums, direction.data(), D, r * r);
+    if (gradient.radial) {
+      const void* row = operand.row(first + i);
+      const double square = tile_engine().square_sum(operand.stored(), row, D);
+      tile_engine().widen(operand.stored(), row, D, direction.data());
+      tile_engine().remove(wide(), sums, direction.data(), D, square == 0 ? 0.0 : 1 / square);
     }
     if (direct(gradient)) continue;
     void* out = at(gradient.result.mutable_data_ptr(), (first + i) * D * bytes_of(storage));
@@ -226,7 +227,7 @@ void Walk::visit(const Place& p, const Visit& on_rows, const Visit& on_columns) 
       }
     }
   });
-  if (dw && p.last_wave && (dw->reciprocal || !direct(*dw))) {
+  if (dw && p.last_wave && (dw->radial || !direct(*dw))) {
     parallel_for(0, p.columns, 16, [&](int64_t begin, int64_t end) {
       finish_rows(*dw, w, at(w_sums, begin * D * real()), p.column + begin, end - begin);
     });
@@ -269,27 +270,19 @@ void Walk::run(Workspace& workspace, const Visit& on_rows, const Visit& on_colum
   dx = rows;
 }
 
-void reciprocal_norms(const Operand& operand, double* out) {
-  parallel_for(0, operand.rows(), 256, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double square = tile_engine().square_sum(operand.stored(), operand.row(i), operand.columns());
-      out[i] = square == 0 ? 0.0 : 1 / std::sqrt(square);
-    }
+std::vector<char> inverse_norms(const Operand& operand, int64_t first, int64_t count, double factor) {
+  return reals(operand.read() == Storage::kFloat64, count, [&](int64_t i) {
+    const double square = tile_engine().square_sum(operand.stored(), operand.row(first + i), operand.columns());
+    return square == 0 ? 0.0 : factor / std::sqrt(square);
   });
 }
 
 std::vector<char> reals_of(bool wide, const Column& column, int64_t first, int64_t count, double factor) {
-  std::vector<char> out(count * (wide ? 8 : 4));
-  for (int64_t i = 0; i < count; ++i) {
+  return reals(wide, count, [&](int64_t i) {
     const int64_t offset = (first + i) * column.stride;
-    if (wide) {
-      reinterpret_cast<double*>(out.data())[i] = factor * static_cast<const double*>(column.data())[offset];
-    } else {
-      const float value = static_cast<const float*>(column.data())[offset];
-      reinterpret_cast<float*>(out.data())[i] = float(factor) * value;
-    }
-  }
-  return out;
+    return factor * (wide ? static_cast<const double*>(column.data())[offset]
+                          : double(static_cast<const float*>(column.data())[offset]));
+  });
 }
 
 }  // namespace oodkern

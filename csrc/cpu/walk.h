@@ -59,10 +59,11 @@ class Operand {
   bool in_place_;
 };
 
-// A gradient that is added up over tiles, and its rows' part along `radial` rows that is taken out at the end.
+// A gradient that is added up over tiles. Where `radial`, the operand's rows count by their direction alone, and what
+// the gradient has along them is taken out at the end.
 struct Gradient {
-  Tensor result;                     // [N, D]
-  const void* reciprocal = nullptr;  // [N] double: 1 / |row|, or null where nothing is taken out
+  Tensor result;  // [N, D]
+  bool radial = false;
 };
 
 // Some rows of a tile.
@@ -118,10 +119,19 @@ class Walk {
   void *dx_ = nullptr, *dw_ = nullptr;
 };
 
-// 1 / |row| of each row as double, 0 for a row of zeros.
-void reciprocal_norms(const Operand& operand, double* out);
+// factor / |row| of rows [first, first + count), as Real; 0 for a row of zeros.
+std::vector<char> inverse_norms(const Operand& operand, int64_t first, int64_t count, double factor);
 
-// Numbers of rows [first, first + count) of a column, times a factor, as Real.
+// Numbers as Real; those of rows [first, first + count) of a column, times a factor.
+template <class Number>
+std::vector<char> reals(bool wide, int64_t count, Number&& number) {
+  std::vector<char> out(count * (wide ? 8 : 4));
+  for (int64_t i = 0; i < count; ++i) {
+    wide ? void(reinterpret_cast<double*>(out.data())[i] = number(i))
+         : void(reinterpret_cast<float*>(out.data())[i] = float(number(i)));
+  }
+  return out;
+}
 std::vector<char> reals_of(bool wide, const Column& column, int64_t first, int64_t count, double factor);
 
 }  // namespace oodkern
