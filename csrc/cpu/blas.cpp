@@ -5,9 +5,9 @@
 #include <dlfcn.h>
 
 #include <atomic>
-#include <string>
 
 #include "../stable.h"
+#include "bfloat16.h"
 #include "dispatch.h"
 
 namespace oodkern {
@@ -75,19 +75,19 @@ void bfloat16(const Multiply& p) {
 
 }  // namespace
 
-// MKL's product is fast with the matrix units (AMX) and no faster than float32 without them.
+// MKL's product uses the matrix units (AMX), and without them is no faster than float32's.
+BFloat16Product bfloat16_product_of_blas() {
+  return has_matrix_units() && gemm_bfloat16() ? bfloat16 : nullptr;
+}
+
 bool has_bfloat16_products() {
-#if defined(OODKERN_X86_64) && defined(__GNUC__) && !defined(__clang__)
-  return gemm_bfloat16() && __builtin_cpu_supports("amx-bf16");
-#else
-  return false;
-#endif
+  return bfloat16_product() != nullptr;
 }
 
 void multiply(const Multiply& p) {
   if (p.M == 0 || p.N == 0) return;
   done += p.M * p.N * p.depth;
-  if (p.storage == Storage::kBFloat16) return bfloat16(p);
+  if (p.storage == Storage::kBFloat16) return bfloat16_product()(p);
   static const auto single = reinterpret_cast<Gemm<float>>(symbol("sgemm_"));
   static const auto twice = reinterpret_cast<Gemm<double>>(symbol("dgemm_"));
   if (p.storage == Storage::kFloat64) return twice && p.depth ? fortran(twice, p) : plain<double>(p);

@@ -28,4 +28,8 @@ struct Multiply {
 };
 void multiply(const Multiply& product);
 
+// One of bfloat16 matrices.
+using BFloat16Product = void (*)(const Multiply&);
+BFloat16Product bfloat16_product_of_blas();  // null where it is slow or missing
+
 }  // namespace oodkern

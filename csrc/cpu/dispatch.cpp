@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../stable.h"
+#include "bfloat16.h"
 
 namespace oodkern {
 
@@ -30,19 +31,30 @@ struct InstructionSet {
   const char* name;
   RowEngine rows;
   const TileEngine* tiles;
-  bool supported;  // mirrors the compiler flags of the build
+  BFloat16Product bfloat16;  // or null
+  bool supported;            // mirrors the compiler flags of the build
 };
 
-// Best last.
-const InstructionSet kSets[] = {
-    {"baseline", baseline::run_rows, &baseline::tile_engine, true},
 #if defined(OODKERN_X86_64)
-    {"avx2", avx2::run_rows, &avx2::tile_engine,
-     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-    {"avx512", avx512::run_rows, &avx512::tile_engine,
-     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl")},
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best last. The last two differ from AVX-512 in the product of bfloat16 matrices alone.
+const InstructionSet kSets[] = {
+    {"baseline", baseline::run_rows, &baseline::tile_engine, nullptr, true},
+#if defined(OODKERN_X86_64)
+    {"avx2", avx2::run_rows, &avx2::tile_engine, nullptr, has_avx2()},
+    {"avx512", avx512::run_rows, &avx512::tile_engine, nullptr, has_avx512()},
+    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, multiply_bfloat16,
+     has_avx512() && has_bfloat16_dot_products()},
+    {"amx", avx512::run_rows, &avx512::tile_engine, bfloat16_product_of_blas(),
+     has_avx512() && bfloat16_product_of_blas() != nullptr},
 #endif
 };
 
@@ -89,6 +101,10 @@ RowEngine row_engine() {
 
 const TileEngine& tile_engine() {
   return *set_in_use().load()->tiles;
+}
+
+BFloat16Product bfloat16_product() {
+  return set_in_use().load()->bfloat16;
 }
 
 }  // namespace oodkern

@@ -1,6 +1,7 @@
 // Which of the engines' builds this processor runs.
 #pragma once
 
+#include "blas.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -8,5 +9,6 @@ namespace oodkern {
 
 RowEngine row_engine();
 const TileEngine& tile_engine();
+BFloat16Product bfloat16_product();  // null where bfloat16 is widened first
 
 }  // namespace oodkern
