@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     """Any classifier, its images normalised, its head and penultimate features at hand.
 
     `classifier(images)` gives logits, `classifier.outputs(images)` an Output with the features too, from one forward
-    pass. The features are found by the first of
+    pass, `classifier.features(images)` the features alone, with no logits formed. They are found by the first of
       - timm's protocol, `forward_features` and `forward_head(..., pre_logits=True)`;
       - a forward pre-hook on the head, registered once, here, and removed by `close()` (or at the end of a
         `with` block).
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.head_name = find_head(model, head)
         self._features: list[Tensor] = []
-        self._listening = False
+        self._listening = self._skipping = False
         # A head that was named is meant, whatever protocol the model speaks.
         self.by_protocol = head is None and speaks_timm(model)
         self._hook = None if self.by_protocol else self.head.register_forward_pre_hook(self._listen)
@@ -79,8 +79,30 @@ class Classifier(nn.Module):
         """Logits and features of images [N, C, H, W] in one forward pass."""
         images = self.normalize(images)
         if self.by_protocol:
-            features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+            features = self._by_protocol(images)
             return Output(self.head(features), features)
+        return Output(*self._by_hook(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [N, D] of images [N, C, H, W], of a forward pass like any other but for the logits.
+
+        By protocol the head is not called. Else the model runs to its end, so that whatever is in it runs, but its
+        head is given no rows, and what it returns is as large as the logits and takes no memory: one number expanded.
+        """
+        images = self.normalize(images)
+        if self.by_protocol:
+            return self._by_protocol(images)
+        self._skipping = True
+        try:
+            with self.head.register_forward_hook(self._stand_in):
+                return self._by_hook(images)[1]
+        finally:
+            self._skipping = False
+
+    def _by_protocol(self, images: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+
+    def _by_hook(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self._hook is None:
             raise RuntimeError("this Classifier was closed: its hook on the head is gone")
         self._features.clear()
@@ -92,14 +114,19 @@ class Classifier(nn.Module):
                     f"head: expected {self.head_name} to be called once in a forward pass, it was called "
                     f"{len(self._features)} times; name another layer"
                 )
-            return Output(logits, self._features[0])
+            return logits, self._features[0]
         finally:
             self._listening = False
             self._features.clear()
 
-    def _listen(self, head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def _listen(self, head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         if self._listening:
             self._features.append(arguments[0])
+        return (arguments[0][:0],) if self._skipping else None
+
+    def _stand_in(self, head: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        rows = self._features[-1].shape[:-1]
+        return logits.new_zeros(()).expand(*rows, logits.shape[-1])
 
     def close(self) -> None:
         """Removes the hook; logits still work."""

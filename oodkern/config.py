@@ -22,6 +22,7 @@ from oodkern.methods import METHODS
 from oodkern.models import ModelConfig, check_model
 
 PRECISIONS, OPTIMIZERS, SCHEDULES = ("fp32", "bf16", "fp16"), ("sgd", "adamw"), ("cosine", "step", "constant")
+HEADS = ("full", "fused")
 
 # Defaults of an embedded set, and of a method on it, where they are not those of the schema: found by hand. Binary
 # cross-entropy is a mean over the labels, and SGD at the rates of the other set does not fit it (seed 0: mAP 61 against
@@ -83,6 +84,7 @@ class TrainConfig:
     threads: int = option(0, "of the CPU; 0: as many as PyTorch takes")
     precision: str = option("fp32", "fp32, bf16 or fp16 (by autocast, fp16 with a gradient scaler)")
     split_forward: bool = option(False, "ID and outliers one after the other: less memory, other BatchNorm statistics")
+    head: str = option("full", "full: losses of logits; fused: of features and head, for which no logits are stored")
     checkpoint_steps: int = option(0, "also write last.ckpt every so many steps; 0: after each epoch alone")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -240,6 +242,7 @@ def check_values(config: TrainConfig) -> None:
             raise ConfigError(f"{key}: expected 0 or more{limit}, got {value}")
     choices = {
         "precision": (config.precision, PRECISIONS),
+        "head": (config.head, HEADS),
         "optimizer.name": (config.optimizer.name, OPTIMIZERS),
         "schedule.name": (config.schedule.name, SCHEDULES),
     }

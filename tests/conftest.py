@@ -1,8 +1,12 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, whose kernels run on the CPU then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -10,6 +14,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def pytest_addoption(parser):
     parser.addoption("--second-python", help="an interpreter with another PyTorch, to load the built library under")
+    parser.addoption("--triton36", help="a folder with Triton 3.6, to compile the kernels with as well")
     parser.addoption("--real-data", help="a folder of real data sets: fashion_mnist, mnist, emnist_letters, unpack.py")
 
 

@@ -49,6 +49,12 @@ def check(classifier):
     upstream = torch.randn_like(output.features)
     grads = torch.autograd.grad(output.features, classifier.parameters(), upstream, allow_unused=True)
     assert any(grad is not None and grad.abs().sum() > 0 for grad in grads), "features are cut off from the graph"
+    alone = classifier.features(given)
+    torch.testing.assert_close(alone, output.features)
+    others = torch.autograd.grad(alone, classifier.parameters(), upstream, allow_unused=True)
+    torch.testing.assert_close(others, grads)
+    assert torch.equal(classifier(given), output.logits)  # the head is as it was
+    assert not classifier.head._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["fc", "head", "classifier"])
@@ -111,12 +117,14 @@ def test_one_hook_however_often_it_is_used_and_none_after():
     with Classifier(model) as classifier:
         for _ in range(5):
             classifier.outputs(images())
+            classifier.features(images())
             classifier(images())
         assert len(model.fc._forward_pre_hooks) == 1
     assert not model.fc._forward_pre_hooks
     assert classifier(images()).shape == (4, 5)
-    with pytest.raises(RuntimeError, match="was closed"):
-        classifier.outputs(images())
+    for method in (classifier.outputs, classifier.features):
+        with pytest.raises(RuntimeError, match="was closed"):
+            method(images())
     classifier.close()  # twice is no harm
 
 
@@ -136,6 +144,42 @@ def test_a_head_that_is_not_called_once(calls):
     with pytest.raises(RuntimeError, match=f"head: expected fc to be called once .* it was called {calls} times"):
         classifier.outputs(images())
     assert not classifier._features
+
+
+@pytest.mark.parametrize("by_protocol", [True, False])
+def test_features_alone_change_the_model_as_logits_do(by_protocol):
+    """Running statistics, random numbers; the head makes no logits."""
+    found = []
+    for call in (Classifier.forward, Classifier.features):
+        torch.manual_seed(0)
+        model = SmallCNN(3, 5, 4, dropout=0.5)
+        classifier = Classifier(model, head=None if by_protocol else "fc")
+        assert classifier.by_protocol == by_protocol
+        rows = []
+        classifier.head.register_forward_hook(lambda head, arguments, logits, rows=rows: rows.append(len(logits)))
+        result = call(classifier, torch.rand(4, 3, 8, 8))
+        found.append((result, model.state_dict(), torch.get_rng_state()))
+    assert sum(rows) == 0
+    (logits, buffers, state), (features, other_buffers, other_state) = found
+    torch.testing.assert_close(model.fc(features), logits)
+    assert torch.equal(state, other_state)
+    assert all(torch.equal(buffers[key], other_buffers[key]) for key in buffers)
+
+
+def test_what_stands_in_for_logits_takes_no_memory():
+    """The model goes on with it as with logits, also where it reads their shape."""
+
+    class Viewing(Plain):
+        def forward(self, images):
+            self.seen = super().forward(images).view(len(images), -1)
+            return self.seen
+
+    model = Viewing("fc", nn.Linear(7, 5))
+    classifier = Classifier(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = classifier.features(images())
+    assert (model.seen.shape, model.seen.dtype, model.seen.untyped_storage().nbytes()) == ((4, 5), torch.bfloat16, 2)
+    assert features.shape == (4, 7)
 
 
 def test_copies_have_hooks_of_their_own():

@@ -1,12 +1,12 @@
 // The engines are compiled once per instruction set (see cpu/simd); the best one that the processor has
 // is chosen at load time. A test may choose another.
 #include "dispatch.h"
+#include "products.h"
 
 #include <atomic>
 #include <string>
 
 #include "../stable.h"
-#include "bfloat16.h"
 
 namespace oodkern {
 

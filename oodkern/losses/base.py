@@ -1,62 +1,47 @@
-"""What all losses share: the two calling styles, the reductions, the classification term."""
+"""What all losses share: the calling styles, the reductions, the classification term."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oodkern.ops import energy, joint_energy
-from oodkern.ops._checks import check_logits, check_tensor
+from oodkern.losses._checks import check_choice, check_fused, check_logit_rows, check_target
+from oodkern.losses.logits import FusedLogits, FusedPart, GivenLogits, Head, Logits
+from oodkern.ops._product import autocast
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
 
 # A term of a loss: its weight and its value for each row.
 Terms = Mapping[str, tuple[float, Tensor]]
+Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 
-def check_non_negative(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number that is not negative, got {value}")
-    return float(value)
-
-
-def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def cross_entropy(logits: Tensor, target: Tensor, energy_at_1: Tensor) -> Tensor:
+def cross_entropy(logits: Logits) -> Tensor:
     """logsumexp(z) - z_y of each row, [N]; rows with target < 0 get a number that means nothing.
 
     The difference of two numbers as large as the logits: its absolute error is theirs, about |E| float32 units in
     the last place (4e-6 for logits of 30), where torch's cross_entropy subtracts the maximum first (3e-7) and keeps
     a copy of the logits to do so.
     """
-    if logits.shape[-1] == 0:
-        return energy_at_1
-    picked = logits.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return -energy_at_1 - picked.to(energy_at_1.dtype)
+    if logits.classes == 0:
+        return logits.energy()
+    return -logits.energy() - logits.chosen()
 
 
-def binary_cross_entropy(logits: Tensor, target: Tensor, joint: Tensor) -> Tensor:
+def binary_cross_entropy(logits: Logits) -> Tensor:
     """mean over labels of softplus(z_c) - y_c z_c, each row, [N]: one JointEnergy and one product."""
-    labels = max(logits.shape[-1], 1)
-    chosen = (logits * target.to(logits.dtype)).sum(-1, dtype=joint.dtype)
-    return (joint - chosen) / labels
+    return (logits.joint_energy() - logits.chosen()) / max(logits.classes, 1)
 
 
 class OutlierLoss(nn.Module):
     """A loss of in-distribution rows and a loss of outlier rows, in two calling styles.
 
     Split: `loss(logits_id, target_id, logits_ood)`. Mixed: `loss(logits, target)`, where a row is an outlier if
-    its target is negative; in multi-label tasks if its targets are all negative, or where `is_ood` is true.
+    its target is negative; in multi-label tasks if its targets are all negative, or where `is_ood` is true. Both
+    also from features and the head that makes logits of them, without logits: `from_features`.
 
     Reductions, with the rows' losses weighted by the loss's own weights:
         mean: mean over the ID part + mean over the OOD part (an empty part counts 0 and keeps the graph)
@@ -78,11 +63,7 @@ class OutlierLoss(nn.Module):
         """
         return self.reduction in ("mean", "sum")
 
-    def score(self, logits: Tensor) -> Tensor:
-        """What both kinds of rows need of the logits, [N]: formed once a row."""
-        return joint_energy(logits) if self.multi_label else energy(logits)
-
-    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
+    def id_terms(self, logits: Logits, target: Tensor, skip: Tensor | None = None) -> Terms:
         """The terms of in-distribution rows.
 
         In a mixed batch `skip` marks the rows of outliers, whose numbers are left out afterwards; a term whose slope
@@ -90,13 +71,15 @@ class OutlierLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def ood_terms(self, logits: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
+    def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
         """The terms of outlier rows; `skip` marks the in-distribution ones."""
         raise NotImplementedError
 
-    def classification(self, logits: Tensor, target: Tensor, score: Tensor) -> Tensor:
-        form = binary_cross_entropy if self.multi_label else cross_entropy
-        return form(logits, target, score)
+    def classification(self, logits: Logits) -> Terms:
+        """The term that every loss has: `ce`, or `bce`."""
+        if self.multi_label:
+            return {"bce": (1.0, binary_cross_entropy(logits))}
+        return {"ce": (1.0, cross_entropy(logits))}
 
     def forward(
         self,
@@ -106,7 +89,7 @@ class OutlierLoss(nn.Module):
         *,
         is_ood: Tensor | None = None,
         return_parts: bool = False,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Loss:
         """The loss.
 
         Args:
@@ -120,18 +103,81 @@ class OutlierLoss(nn.Module):
             A scalar ([N + M] or [N] with reduction "none"), float32 (float64 for float64 logits); with
             `return_parts` a tuple of it and a dict. A term that no row has is 0.
         """
-        self._check(logits, target, logits_ood, is_ood)
-        score = self.score(logits)
+        check_logit_rows(logits, logits_ood)
+        N, K = logits.shape
+        check_target(target, is_ood, (N, K), self.multi_label, logits_ood is not None, logits, "logits")
         if logits_ood is not None:
-            outlier_terms = self.ood_terms(logits_ood, self.score(logits_ood))
-            counts = len(logits), len(logits_ood)
-            return self._reduce(self.id_terms(logits, target, score), outlier_terms, counts, None, return_parts)
-        if is_ood is None:
-            is_ood = (target < 0).all(-1) if self.multi_label else target < 0
+            counts = N, len(logits_ood)
+            return self._split(GivenLogits(logits, target), target, GivenLogits(logits_ood), counts, return_parts)
+        is_ood = self._outliers(target, is_ood)
         if self.multi_label:
             target = target.clamp_min(0)
-        terms = self.id_terms(logits, target, score, is_ood), self.ood_terms(logits, score, ~is_ood)
-        return self._reduce(*terms, ((~is_ood).sum(), is_ood.sum()), is_ood, return_parts)
+        return self._mixed(GivenLogits(logits, target), target, is_ood, return_parts)
+
+    def from_features(
+        self,
+        features: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        target: Tensor,
+        n_id: int | None = None,
+        *,
+        is_ood: Tensor | None = None,
+        return_parts: bool = False,
+    ) -> Loss:
+        """The loss of the logits features @ head_weight.T + head_bias, which are never formed.
+
+        With LSE = -oodkern.linear_energy and wbar, bbar the means over the classes: CE = LSE - (x . w_y + b_y), the
+        uniform cross-entropy LSE - (x . wbar + bbar), BCE = (oodkern.linear_joint_energy - x . (y W) - y . b) / K.
+        Beyond arguments and gradients it holds a few [N, D], and what `linear_energy` does.
+
+        Args:
+            features: [N, D], float64, float32, bfloat16 or float16: in-distribution rows, then outliers; with
+                `n_id` None in any order.
+            head_weight: [K, D], in the dtype of the features (under autocast all three are cast to its dtype).
+            head_bias: [K] or None.
+            target: [n_id] integers in 0..K-1, multi-label [n_id, K] of 0 and 1. With `n_id` None of all rows, and
+                negative for outliers.
+            n_id: how many rows are in-distribution; None: they are told by their targets, or by `is_ood`.
+            is_ood, return_parts: as in `forward`.
+
+        Returns:
+            What `forward` returns for these logits in float32 (float64 for float64 features): of 16-bit features and
+            weights none is rounded to 16 bits. Differentiable twice in features, head_weight and head_bias, whose
+            gradients have their dtypes. Raises TypeError or ValueError for an argument of the wrong kind or shape.
+        """
+        check_fused(features, head_weight, head_bias, n_id)
+        N, K = len(features), len(head_weight)
+        rows = N if n_id is None else n_id
+        check_target(target, is_ood, (rows, K), self.multi_label, n_id is not None, features, "features")
+        features, weight, bias = autocast(features, head_weight, head_bias)
+        head = Head(weight, bias)
+        if n_id is None:
+            is_ood = self._outliers(target, is_ood)
+            return self._mixed(FusedLogits(features, head, target), target, is_ood, return_parts)
+        whole = FusedLogits(features, head)
+        known, unknown = FusedPart(whole, slice(None, n_id), target), FusedPart(whole, slice(n_id, None))
+        return self._split(known, target, unknown, (n_id, N - n_id), return_parts)
+
+    def _outliers(self, target: Tensor, is_ood: Tensor | None) -> Tensor:
+        """Which rows of a mixed batch are outliers, [N] bool."""
+        if is_ood is not None:
+            return is_ood
+        if not self.multi_label:
+            return target < 0
+        # The largest of a row, not a mask of all: no [N, K] is formed.
+        return target.amax(-1) < 0 if target.shape[-1] else target.new_ones(len(target), dtype=torch.bool)
+
+    def _split(
+        self, known: Logits, target: Tensor, unknown: Logits, counts: tuple[Any, Any], return_parts: bool
+    ) -> Loss:
+        ood_terms = self.ood_terms(unknown)  # first: see FusedPart
+        return self._reduce(self.id_terms(known, target), ood_terms, counts, None, return_parts)
+
+    def _mixed(self, logits: Logits, target: Tensor, is_ood: Tensor, return_parts: bool) -> Loss:
+        ood_terms = self.ood_terms(logits, ~is_ood)
+        id_terms = self.id_terms(logits, target, is_ood)
+        return self._reduce(id_terms, ood_terms, ((~is_ood).sum(), is_ood.sum()), is_ood, return_parts)
 
     def _reduce(
         self,
@@ -140,7 +186,7 @@ class OutlierLoss(nn.Module):
         counts: tuple[Any, Any],
         is_ood: Tensor | None,
         return_parts: bool,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Loss:
         def keep(rows: Tensor, outliers: bool) -> Tensor:
             if is_ood is None:
                 return rows
@@ -178,46 +224,3 @@ class OutlierLoss(nn.Module):
             for name, (_, rows) in terms.items()
         }
         return loss, parts
-
-    def _check(self, logits: Tensor, target: Tensor, logits_ood: Tensor | None, is_ood: Tensor | None) -> None:
-        for tensor, name in ((logits, "logits"), (logits_ood, "logits_ood")):
-            if tensor is not None:
-                check_logits(tensor, name)
-                if tensor.dim() != 2:
-                    raise ValueError(f"{name}: expected [N, K], got {list(tensor.shape)}")
-        check_tensor(target, "target")
-        N, K = logits.shape
-        if logits_ood is not None and logits_ood.shape[1] != K:
-            raise ValueError(f"logits_ood: expected {K} classes as logits have, got {logits_ood.shape[1]}")
-        expected = (N, K) if self.multi_label else (N,)
-        if tuple(target.shape) != expected:
-            hint = "" if self.multi_label or target.dim() != 2 else " (multi-label targets need multi_label=True)"
-            raise ValueError(f"target: expected {list(expected)}, got {list(target.shape)}{hint}")
-        if is_ood is not None:
-            check_tensor(is_ood, "is_ood")
-            if logits_ood is not None or not self.multi_label:
-                raise ValueError("is_ood: goes with the mixed style of multi-label losses; use target < 0 otherwise")
-            if is_ood.dtype != torch.bool or tuple(is_ood.shape) != (N,):
-                raise ValueError(f"is_ood: expected bool [{N}], got {is_ood.dtype} {list(is_ood.shape)}")
-        for tensor, name in ((target, "target"), (logits_ood, "logits_ood"), (is_ood, "is_ood")):
-            if tensor is not None and tensor.device != logits.device:
-                raise ValueError(f"{name}: expected on {logits.device}, where logits are, got {tensor.device}")
-        integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-        if not self.multi_label and target.dtype not in integers:
-            raise TypeError(f"target: expected integers, got {target.dtype}")
-        # Reading the targets would make a GPU wait and torch.compile break its graph; there, gather's own check serves.
-        if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
-            self._check_values(target, K, mixed=logits_ood is None, marked=is_ood is not None)
-
-    def _check_values(self, target: Tensor, K: int, mixed: bool, marked: bool) -> None:
-        low, high = target.min().item(), target.max().item()
-        if not self.multi_label:
-            if high >= K or (low < 0 and not mixed):
-                raise ValueError(f"target: expected classes in 0..{K - 1}, got {high if high >= K else low}")
-        elif low < 0 or high > 1 or not ((target == 0) | (target == 1)).all():
-            # Negative rows mark outliers in a mixed batch, whole rows only.
-            negative = target < 0
-            whole = negative.all(-1) | ~negative.any(-1)
-            if not (mixed and not marked and whole.all() and ((target == 0) | (target == 1) | negative).all()):
-                rule = "0 or 1, or a whole row of -1 for an outlier" if mixed and not marked else "0 or 1"
-                raise ValueError(f"target: expected {rule}, got values from {low} to {high}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from oodkern.losses.base import OutlierLoss, Terms
+from oodkern.losses.logits import Logits
 
 
 class ClassificationLoss(OutlierLoss):
@@ -17,8 +18,8 @@ class ClassificationLoss(OutlierLoss):
     def __init__(self, reduction: str = "mean", multi_label: bool = False) -> None:
         super().__init__(reduction, multi_label)
 
-    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
-        return {"bce" if self.multi_label else "ce": (1.0, self.classification(logits, target, score))}
+    def id_terms(self, logits: Logits, target: Tensor, skip: Tensor | None = None) -> Terms:
+        return self.classification(logits)
 
-    def ood_terms(self, logits: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
+    def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
         return {}

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from oodkern.losses.base import OutlierLoss, Terms, check_non_negative
-from oodkern.ops import energy
+from oodkern.losses._checks import check_non_negative
+from oodkern.losses.base import OutlierLoss, Terms
+from oodkern.losses.logits import Logits
 from oodkern.ops._checks import check_temperature
 
 
@@ -55,24 +56,21 @@ class EnergyLoss(OutlierLoss):
             raise ValueError("temperature: JointEnergy has none; expected 1.0 with multi_label=True")
         self.margin_in, self.margin_out = float(margin_in), float(margin_out)
 
-    def tempered(self, logits: Tensor, score: Tensor) -> Tensor:
+    def tempered(self, logits: Logits) -> Tensor:
         """The energy that the margins speak of."""
-        if self.multi_label:
-            return -score
-        return score if self.temperature == 1.0 else energy(logits, self.temperature)
+        return -logits.joint_energy() if self.multi_label else logits.energy(self.temperature)
 
     def hinge(self, distance: Tensor, skip: Tensor | None) -> Tensor:
         """relu(d)^2. Rows that do not count are skipped before the square, whose slope at an infinite d is NaN."""
         outside = distance.relu() if skip is None else torch.where(skip, 0.0, distance.relu())
         return outside * outside
 
-    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
-        above = self.hinge(self.tempered(logits, score) - self.margin_in, skip)
-        name = "bce" if self.multi_label else "ce"
-        return {name: (1.0, self.classification(logits, target, score)), "energy_in": (self.alpha, above)}
+    def id_terms(self, logits: Logits, target: Tensor, skip: Tensor | None = None) -> Terms:
+        above = self.hinge(self.tempered(logits) - self.margin_in, skip)
+        return {**self.classification(logits), "energy_in": (self.alpha, above)}
 
-    def ood_terms(self, logits: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
-        return {"energy_out": (self.alpha, self.hinge(self.margin_out - self.tempered(logits, score), skip))}
+    def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
+        return {"energy_out": (self.alpha, self.hinge(self.margin_out - self.tempered(logits), skip))}
 
     def extra_repr(self) -> str:
         return (

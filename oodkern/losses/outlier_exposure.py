@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from oodkern.losses.base import OutlierLoss, Terms, check_non_negative
+from oodkern.losses._checks import check_non_negative
+from oodkern.losses.base import OutlierLoss, Terms
+from oodkern.losses.logits import Logits
 
 
 class OutlierExposureLoss(OutlierLoss):
@@ -29,13 +31,14 @@ class OutlierExposureLoss(OutlierLoss):
         super().__init__(reduction, multi_label)
         self.alpha = check_non_negative(alpha, "alpha")
 
-    def id_terms(self, logits: Tensor, target: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
-        return {"bce" if self.multi_label else "ce": (1.0, self.classification(logits, target, score))}
+    def id_terms(self, logits: Logits, target: Tensor, skip: Tensor | None = None) -> Terms:
+        return self.classification(logits)
 
-    def ood_terms(self, logits: Tensor, score: Tensor, skip: Tensor | None = None) -> Terms:
+    def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
         if self.multi_label:
-            return {"oe": (self.alpha, score / max(logits.shape[-1], 1))}
-        return {"oe": (self.alpha, -score - logits.mean(-1, dtype=score.dtype))}
+            return {"oe": (self.alpha, logits.joint_energy() / max(logits.classes, 1))}
+        mean = logits.mean()
+        return {"oe": (self.alpha, -logits.energy() - mean)}
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, reduction={self.reduction!r}, multi_label={self.multi_label}"

@@ -64,7 +64,10 @@ class RowScore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, None, RowScoreGradient.apply(ctx.op, grad, *ctx.saved_tensors, ctx.parameter), None
+        tensor, score = ctx.saved_tensors
+        # The derivatives of the gradient include the path through the score; attached, it would be gone along again.
+        score = None if score is None else score.detach()
+        return None, None, RowScoreGradient.apply(ctx.op, grad, tensor, score, ctx.parameter), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:

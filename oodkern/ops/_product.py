@@ -92,7 +92,9 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def check_matrix(value: Any, name: str, meaning: str = "N, D", like: Tensor | None = None, of: str = "features") -> None:
+def check_matrix(
+    value: Any, name: str, meaning: str = "N, D", like: Tensor | None = None, of: str = "features"
+) -> None:
     """A floating matrix; with `like`, of its number of columns, its dtype and its device."""
     check_floating(value, name)
     if value.dim() != 2:

@@ -59,7 +59,7 @@ def linear_energy(features: Tensor, weight: Tensor, bias: Tensor | None = None, 
 
     Differentiable twice in features, weight and bias, any of which may need no gradient; gradients have the dtype of
     what they are of, accumulated in float32 at least and rounded once. Beyond arguments, results and gradients it
-    holds at most 16 MiB, whatever N. Raises TypeError or ValueError for an argument of the wrong kind or shape.
+    holds at most 16 MiB on the CPU, and some row waves of logits on a GPU, whatever N. Raises TypeError or ValueError for an argument of the wrong kind or shape.
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
@@ -79,6 +79,7 @@ def linear_joint_energy(features: Tensor, weight: Tensor, bias: Tensor | None = 
     return _linear_score("joint_energy", features, weight, bias, 1.0)
 
 
+@torch.no_grad()
 def linear_scores(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearScores:
     """Five scores of each row of features @ weight.T + bias in one pass over the logits, which are never stored.
 
@@ -89,7 +90,7 @@ def linear_scores(features: Tensor, weight: Tensor, bias: Tensor | None = None) 
     check_head(features, weight, bias)
     if len(weight) == 0:
         raise ValueError("weight: expected at least one class, got [0, D]")
-    features, weight, bias = (t if t is None else t.detach() for t in autocast(features, weight, bias))
+    features, weight, bias = autocast(features, weight, bias)
     backend = backend_for("linear_energy", features, len(weight))
     if backend == "reference":
         return LinearScores(*reference.linear_scores(features, weight, bias))
@@ -121,9 +122,10 @@ class LinearScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         needs = ctx.needs_input_grad[2:5]
-        gradients = LinearScoreGradient.apply(
-            ctx.backend, ctx.score, grad, *ctx.saved_tensors, ctx.temperature, needs[0], needs[1], needs[2]
-        )
+        features, weight, bias, value = ctx.saved_tensors
+        # The derivatives of the gradient include the path through the value; attached, it would be gone along again.
+        tensors = (grad, features, weight, bias, value.detach(), ctx.temperature)
+        gradients = LinearScoreGradient.apply(ctx.backend, ctx.score, *tensors, needs[0], needs[1], needs[2])
         return None, None, *wanted(gradients, needs), None
 
     @staticmethod

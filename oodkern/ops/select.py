@@ -16,7 +16,7 @@ from oodkern.ops._product import check_beside, check_matrix, raw, register_fake
 class NearestCenter(NamedTuple):
     """index [N] int64 and squared_distance [N]."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method of that name is not missed
     squared_distance: Tensor
 
 

@@ -94,7 +94,7 @@ def subspace_energy(features: Tensor, basis: Tensor) -> SubspaceEnergy:
         complement is formed and then squared, so it is exact to rounding where nearly all of x lies inside
         (|x|^2 - |U^T x|^2 loses 6 digits where 1e-3 of the norm is outside).
 
-    Differentiable twice, in features and basis. Beyond arguments and results it holds at most 16 MiB. Raises
+    Differentiable twice, in features and basis. Beyond arguments and results it holds at most 16 MiB on the CPU. Raises
     TypeError or ValueError for an argument of the wrong kind or shape.
     """
     check_matrix(features, "features")

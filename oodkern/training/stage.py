@@ -54,6 +54,9 @@ class Stage:
     a term of each, the backward pass of the first comes before the forward pass of the second, so that only one
     part's activations are alive.
 
+    With `head=fused` the model is a Classifier, and the loss is formed of its features and its head: see
+    `oodkern.training.fused`.
+
     `state_dict()` and `load_state_dict()` carry everything that the next step depends on, the random state of the
     process apart.
     """
@@ -68,7 +71,9 @@ class Stage:
         outliers: bool,
         device: torch.device,
     ) -> None:
-        self.kind, self.config, self.model, self.loss, self.device = kind, config, model, loss, device
+        self.model: Any = model
+        self.loss: Any = loss
+        self.kind, self.config, self.device = kind, config, device
         self.name = config.method if kind == "method" else kind
         options = config.optimizer
         self.epochs = config.epochs if kind == "method" else config.pretrain.epochs
@@ -164,30 +169,40 @@ class Stage:
     def splits(self) -> bool:
         return self.config.split_forward and self.outlier_batches is not None
 
+    @property
+    def fused(self) -> bool:
+        return self.config.head == "fused"
+
     def joint(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
-        count = len(images)
         if outliers is not None:
             images = torch.cat([images, outliers])
-        logits = self.logits(images)
-        known, unknown = logits[:count], logits[count:]
-        return self.backward(*self.loss(known, target, unknown, return_parts=True))
+        return self.backward(*self.loss_of(self.rows(images), target))
 
     def split_forward(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
         assert outliers is not None
         if not getattr(self.loss, "separable", False):
-            logits = self.logits(images), self.logits(outliers)
-            return self.backward(*self.loss(logits[0], target, logits[1], return_parts=True))
-        known = self.logits(images)
-        parts = self.backward(*self.loss(known, target, known.new_zeros(0, known.shape[1]), return_parts=True))
-        nothing = known.new_zeros(0, known.shape[1])
-        del known
-        unknown = self.logits(outliers)
-        more = self.backward(*self.loss(nothing, target[:0], unknown, return_parts=True))
+            return self.backward(*self.loss_of(torch.cat([self.rows(images), self.rows(outliers)]), target))
+        parts = self.backward(*self.loss_of(self.rows(images), target))
+        more = self.backward(*self.loss_of(self.rows(outliers), target[:0]))
         return {name: parts.get(name, 0.0) + more.get(name, 0.0) for name in {**parts, **more}}
 
-    def logits(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(images)
+    def rows(self, images: Tensor) -> Tensor:
+        """Of each image what the loss is formed of: its logits, or with a fused head its features."""
+        with self.autocast():
+            return self.model.features(images) if self.fused else self.model(images)
+
+    def loss_of(self, rows: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts of ID rows, as many as there are targets, and of outliers after them."""
+        count = len(target)
+        if not self.fused:
+            known = rows[:count] if count else rows.new_zeros(0, rows.shape[1])
+            return self.loss(known, target, rows[count:], return_parts=True)
+        head = self.model.head
+        with self.autocast():
+            return self.loss.from_features(rows, head.weight, head.bias, target, count, return_parts=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, value: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
         loss = value.item()

@@ -24,6 +24,7 @@ from oodkern.training import files
 from oodkern.training.board import Board
 from oodkern.training.evaluation import SAMPLE, correct, judge, logits_of, logits_of_test
 from oodkern.training.folder import FORMAT, prepare
+from oodkern.training.fused import check_fused_head
 from oodkern.training.interrupt import Interrupt
 from oodkern.training.progress import shown
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
@@ -104,11 +105,16 @@ class Trainer:
         if config.split_forward:
             self.log("split forward: BatchNorm normalises ID images and outliers by their own statistics, not jointly")
         model = build_classifier(config, split).to(self.device)
+        baseline_loss = ClassificationLoss(multi_label=split.multi_label)
+        if config.head == "fused":
+            few = split.train.images(torch.arange(min(16, len(split.train)))).to(self.device)
+            check_fused_head(model, (baseline_loss, self.method.build_loss({})), few)
+            self.log("fused head: losses are formed of features and head, and no logits are stored in training")
         if state is not None:
             self.log(f"resuming {config.folder} after epoch {state['epoch']} of {state['stage']}")
             self.restore(state, model)
         if self.baseline is None:
-            self.train_stage("pretrain", model, ClassificationLoss(multi_label=split.multi_label), False, state)
+            self.train_stage("pretrain", model, baseline_loss, False, state)
             state = None
             self.baseline = copy.deepcopy(model)
             try:

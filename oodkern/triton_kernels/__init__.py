@@ -28,11 +28,18 @@ OPS = {
 }
 
 
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # where an importer forbids it
+        return False
+
+
 def _missing(device: str) -> str:
     """Why Triton's kernels cannot be used on a device; empty where they can."""
     if _native.missing["cpu"]:
         return f"their schemas are not there, {_native.missing['cpu']}"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed: pip install triton"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton computes on the CPU under its interpreter alone (TRITON_INTERPRET=1)"
@@ -44,7 +51,11 @@ missing: dict[str, str] = {device: _missing(device) for device in ("cpu", "cuda"
 
 def _register(room: str, name: str) -> None:
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{room}"), name)(*arguments)
+        host = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+        device = next(tensor.device.type for tensor in arguments if isinstance(tensor, torch.Tensor))
+        # Neither is off inside of a raw op by itself: autocast would round the float32 sums that products add to.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return host(*arguments)
 
     schema = str(getattr(torch.ops.oodkern, name).default._schema).removeprefix("oodkern::")
     LIBRARY.define(schema)

@@ -1,0 +1,107 @@
+"""Checks of what losses are given: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oodkern.ops._checks import check_floating, check_logits, check_tensor
+from oodkern.ops._product import check_beside, check_matrix
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Labels that are looked at together: a mask of them takes so many bytes.
+LABELS = 1 << 22
+
+
+def check_non_negative(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number that is not negative, got {value}")
+    return float(value)
+
+
+def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_logit_rows(logits: Tensor, logits_ood: Tensor | None) -> None:
+    for tensor, name in ((logits, "logits"), (logits_ood, "logits_ood")):
+        if tensor is not None:
+            check_logits(tensor, name)
+            if tensor.dim() != 2:
+                raise ValueError(f"{name}: expected [N, K], got {list(tensor.shape)}")
+    if logits_ood is not None:
+        if logits_ood.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"logits_ood: expected {logits.shape[1]} classes as logits have, got {logits_ood.shape[1]}"
+            )
+        check_beside(logits_ood, "logits_ood", logits, "logits", dtype=False)
+
+
+def check_fused(features: Any, weight: Any, bias: Any, n_id: Any) -> None:
+    """features [N, D] and a head of [K, D] and [K] or None; under autocast dtypes may differ, since it casts them."""
+    check_matrix(features, "features")
+    check_matrix(weight, "head_weight", "K, D")
+    mixed = torch.is_autocast_enabled(features.device.type)
+    if weight.shape[1] != features.shape[1]:
+        raise ValueError(f"head_weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")
+    check_beside(weight, "head_weight", features, "features", dtype=not mixed)
+    if bias is not None:
+        check_floating(bias, "head_bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"head_bias: expected [{len(weight)}] as head_weight has rows, got {list(bias.shape)}")
+        check_beside(bias, "head_bias", features, "features", dtype=not mixed)
+    if n_id is not None:
+        if isinstance(n_id, bool) or not isinstance(n_id, int | torch.SymInt):
+            raise TypeError(f"n_id: expected an integer or None, got {type(n_id).__name__}")
+        if not 0 <= n_id <= len(features):
+            raise ValueError(f"n_id: expected 0..{len(features)}, the number of rows of features, got {n_id}")
+
+
+def check_target(
+    target: Any, is_ood: Any, shape: tuple[int, int], multi_label: bool, split: bool, like: Tensor, of: str
+) -> None:
+    """Of `shape` = N rows and K classes; `like` is the argument `of`, on whose device all have to be."""
+    check_tensor(target, "target")
+    N, K = shape
+    expected = (N, K) if multi_label else (N,)
+    if tuple(target.shape) != expected:
+        hint = "" if multi_label or target.dim() != 2 else " (multi-label targets need multi_label=True)"
+        raise ValueError(f"target: expected {list(expected)}, got {list(target.shape)}{hint}")
+    if is_ood is not None:
+        check_tensor(is_ood, "is_ood")
+        if split or not multi_label:
+            raise ValueError("is_ood: goes with the mixed style of multi-label losses; use target < 0 otherwise")
+        if is_ood.dtype != torch.bool or tuple(is_ood.shape) != (N,):
+            raise ValueError(f"is_ood: expected bool [{N}], got {is_ood.dtype} {list(is_ood.shape)}")
+        check_beside(is_ood, "is_ood", like, of, dtype=False)
+    check_beside(target, "target", like, of, dtype=False)
+    if not multi_label and target.dtype not in INTEGERS:
+        raise TypeError(f"target: expected integers, got {target.dtype}")
+    # Reading the targets would make a GPU wait and torch.compile break its graph; there, gather's own check serves.
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
+        check_values(target, K, multi_label, marks=not split and is_ood is None)
+
+
+def check_values(target: Tensor, K: int, multi_label: bool, marks: bool) -> None:
+    """`marks`: negative targets mark outliers, in multi-label tasks a row of them."""
+    low, high = target.min().item(), target.max().item()
+    if not multi_label:
+        if high >= K or (low < 0 and not marks):
+            raise ValueError(f"target: expected classes in 0..{K - 1}, got {high if high >= K else low}")
+        return
+    if low >= 0 and high <= 1 and not target.is_floating_point():
+        return
+    for rows in target.split(max(LABELS // max(K, 1), 1)):
+        fine = ((rows == 0) | (rows == 1)).all(-1)
+        if marks:
+            fine |= (rows < 0).all(-1)
+        if not fine.all():
+            rule = "0 or 1, or a whole row of -1 for an outlier" if marks else "0 or 1"
+            raise ValueError(f"target: expected {rule}, got values from {low} to {high}")

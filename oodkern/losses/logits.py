@@ -1,0 +1,137 @@
+"""Logits as the terms of a loss see them: given, or fused with the product that makes them and never stored."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from oodkern import reference
+from oodkern.losses._selection import Select
+from oodkern.ops import energy, joint_energy, linear_energy, linear_joint_energy
+from oodkern.ops._checks import score_dtype
+
+
+class Logits:
+    """Logits z [N, K] of rows, by the numbers [N] that terms are made of: float32, float64 of float64 logits.
+
+    Energies are formed once, however often they are asked for.
+    """
+
+    classes: int
+
+    def __init__(self) -> None:
+        self._formed: list[tuple[str, float, Tensor]] = []
+
+    def formed(self, score: str, temperature: float) -> Tensor | None:
+        # Compared, not hashed: under torch.compile a temperature may be symbolic.
+        return next((value for name, at, value in self._formed if name == score and at == temperature), None)
+
+    def form(self, score: str, temperature: float) -> Tensor:
+        raise NotImplementedError
+
+    def score(self, score: str, temperature: float) -> Tensor:
+        value = self.formed(score, temperature)
+        if value is None:
+            value = self.form(score, temperature)
+            self._formed.append((score, temperature, value))
+        return value
+
+    def energy(self, temperature: float = 1.0) -> Tensor:
+        """-T logsumexp(z / T)."""
+        return self.score("energy", temperature)
+
+    def joint_energy(self) -> Tensor:
+        """sum_c softplus(z_c)."""
+        return self.score("joint_energy", 1.0)
+
+    def chosen(self) -> Tensor:
+        """z_y of the row's class; in multi-label tasks sum_c y_c z_c. Without meaning for rows with targets < 0."""
+        raise NotImplementedError
+
+    def mean(self) -> Tensor:
+        """mean_c z_c. To be asked for before the energies: see `FusedLogits`."""
+        raise NotImplementedError
+
+
+class GivenLogits(Logits):
+    """Of logits [N, K], and of the targets of in-distribution rows: [N], multi-label [N, K]."""
+
+    def __init__(self, logits: Tensor, target: Tensor | None = None) -> None:
+        super().__init__()
+        self.logits, self.target, self.classes = logits, target, logits.shape[-1]
+
+    def form(self, score: str, temperature: float) -> Tensor:
+        return energy(self.logits, temperature) if score == "energy" else joint_energy(self.logits)
+
+    def chosen(self) -> Tensor:
+        assert self.target is not None
+        dtype = score_dtype(self.logits)
+        if self.target.dim() == 2:
+            return (self.logits * self.target.to(self.logits.dtype)).sum(-1, dtype=dtype)
+        return self.logits.gather(-1, self.target.long().clamp_min(0).unsqueeze(-1)).squeeze(-1).to(dtype)
+
+    def mean(self) -> Tensor:
+        return self.logits.mean(-1, dtype=score_dtype(self.logits))
+
+
+class Head:
+    """A linear head whose weight [K, D] and bias [K] pass through every selection of their rows.
+
+    The energies that are formed afterwards are formed of what came through, so that the gradients join: see
+    `_selection`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def select(self, features: Tensor, selection: Tensor | None) -> Tensor:
+        """x . (A W) + A b of each row, [N], in float32 at least. Selections: see `_selection`."""
+        self.weight, rows = Select.apply(self.weight, selection)
+        value = (reference.widen(features) * rows).sum(-1)
+        if self.bias is not None:
+            bias, rows = Select.apply(self.bias.unsqueeze(1), selection)
+            self.bias, value = bias.squeeze(1), value + rows.squeeze(1)
+        return value
+
+
+class FusedLogits(Logits):
+    """Of features [N, D] @ weight [K, D].T + bias [K], which is not formed: see `oodkern.linear_energy`.
+
+    What is linear in the logits is a product with a sum of rows of the weight, in float32 at least:
+    z_y = x . w_y + b_y, sum_c y_c z_c = x . (y W) + y . b, mean_c z_c = x . mean_c w_c + mean_c b_c. Asked for after
+    an energy it is as right, and costs one more [K, D] in the backward pass; that of the targets is formed at once.
+    """
+
+    def __init__(self, features: Tensor, head: Head, target: Tensor | None = None) -> None:
+        super().__init__()
+        self.features, self.head, self.classes = features, head, len(head.weight)
+        self._chosen = None
+        if target is not None and (target.dim() == 2 or self.classes):
+            self._chosen = head.select(features, target if target.dim() == 2 else target.long().clamp_min(0))
+
+    def form(self, score: str, temperature: float) -> Tensor:
+        if score == "energy":
+            return linear_energy(self.features, self.head.weight, self.head.bias, temperature)
+        return linear_joint_energy(self.features, self.head.weight, self.head.bias)
+
+    def chosen(self) -> Tensor:
+        assert self._chosen is not None
+        return self._chosen
+
+    def mean(self) -> Tensor:
+        return self.head.select(self.features, None)
+
+
+class FusedPart(FusedLogits):
+    """Some rows of others, whose energies are slices of those of all: one product, one gradient of the weight.
+
+    What outliers (rows without a target) are asked for is formed for all rows, since in-distribution ones are asked
+    for it too; what these alone are asked for, for these alone. Outliers' terms come first for that.
+    """
+
+    def __init__(self, whole: FusedLogits, rows: slice, target: Tensor | None = None) -> None:
+        super().__init__(whole.features[rows], whole.head, target)
+        self.whole, self.rows, self.leads = whole, rows, target is None
+
+    def form(self, score: str, temperature: float) -> Tensor:
+        shared = self.whole.score(score, temperature) if self.leads else self.whole.formed(score, temperature)
+        return super().form(score, temperature) if shared is None else shared[self.rows]
