@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from measure import Row, interleaved_medians, peak_megabytes, relative_error
+from measure import relative_error, side_by_side
 from oracle import like
 
 import oodkern
@@ -58,34 +58,23 @@ def test_energy(name, work, dtype, benchmark, record, rounds, request):
     ours, eager, oracle = OPS[name]
     logits = (torch.randn(SHAPE) * 4).to(getattr(torch, dtype))
     contenders = {"oodkern": partial(work, ours, logits), "eager": partial(work, eager, logits)}
-    skipped = {}
-    try:
-        torch._dynamo.reset()
-        compiled = partial(work, torch.compile(eager), logits)
-        compiled()
-        contenders["torch.compile"] = compiled
-    except Exception as error:  # no working compiler behind torch.compile is no reason to stop
-        skipped["torch.compile"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
     rows = slice(0, 2_000)  # the oracle's temporaries are eight times the logits: judge the error on a part
     exact = oracle_of(work, oracle, logits[rows])
-    errors = {label: relative_error(contender()[rows], exact) for label, contender in contenders.items()}
     case = request.node.callspec.id.split("-")[1]
-    record(
-        Row(
-            room="energy",
-            case=f"{name} {case}",
-            shape=SHAPE,
-            dtype=dtype,
-            milliseconds=interleaved_medians(contenders, rounds),
-            megabytes={label: peak_megabytes(contender) for label, contender in contenders.items()},
-            error=errors,
-            target=TARGETS.get((name, case, dtype)),
-            skipped=skipped,
-        )
+    row = side_by_side(
+        "energy",
+        f"{name} {case}",
+        SHAPE,
+        dtype,
+        contenders,
+        partial(work, torch.compile(eager), logits),
+        lambda result: relative_error(result[rows], exact),
+        rounds,
+        TARGETS.get((name, case, dtype)),
     )
+    record(row)
     benchmark.pedantic(contenders["oodkern"], rounds=3)
-    assert errors["oodkern"] <= 2 * errors["eager"] + 1e-6
+    assert row.error["oodkern"] <= 2 * row.error["eager"] + 1e-6
 
 
 def oracle_of(work, oracle, logits):

@@ -39,14 +39,16 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write = terminalreporter.write_line
     write("")
-    write("side by side: medians in ms, peak extra memory in MB, error against float64 of the same inputs")
+    write("side by side: medians in ms; the most held at once in MB, and without results; error against float64 of the")
+    write("same inputs")
     write(", ".join(f"{key} {value}" for key, value in machine().items()))
     for row in ROWS:
         shape = "x".join(f"{size:,}" for size in row.shape)
         goal = f", aimed for {row.target:g}" if row.target else ""
         write(f"\n{row.room}: {row.case} {shape} {row.dtype}: {row.ratio:.2f} times faster than eager{goal}")
         for name, median in row.milliseconds.items():
-            write(f"  {name:<14} {median:9.2f} ms {row.megabytes[name]:9.1f} MB   error {row.error[name]:.1e}")
+            memory = f"{row.megabytes[name]:9.1f} MB, {row.beyond[name]:9.1f} without results" if row.beyond else ""
+            write(f"  {name:<14} {median:9.2f} ms {memory}   error {row.error[name]:.1e}")
         for name, why in row.skipped.items():
             write(f"  {name:<14} skipped: {why}")
     if name := config.getoption("--save"):

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from oracle import memory_events
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Work = Callable[[], Any]
 
 
 @dataclass
 class Row:
-    """One case: what was timed, and for each contender its median, peak extra memory and error."""
+    """One case: what was timed, and for each contender its median, peak extra memory and error.
+
+    `megabytes` is the most that was held at once, results included; `beyond` is the same without them.
+    """
 
     room: str
     case: str
@@ -26,6 +30,7 @@ class Row:
     milliseconds: dict[str, float]
     megabytes: dict[str, float]
     error: dict[str, float]
+    beyond: dict[str, float] = field(default_factory=dict)
     target: float | None = None  # the ratio to eager that was aimed for
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -58,6 +63,39 @@ def peak_megabytes(work: Work) -> float:
         held += change
         peak = max(peak, held)
     return peak / 1e6
+
+
+def side_by_side(
+    room: str,
+    case: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    contenders: Mapping[str, Work],
+    compiled: Work | None,
+    error_of: Callable[[Any], float],
+    rounds: int,
+    target: float | None = None,
+) -> Row:
+    """Times, memory and errors of contenders, "oodkern" and "eager" among them, and of what torch.compile makes of
+    `compiled`, a function that compiles at its first call."""
+    contenders, skipped = dict(contenders), {}
+    if compiled is not None:
+        torch._dynamo.reset()
+        try:
+            compiled()
+            contenders["torch.compile"] = compiled
+        except Exception as error:  # no working compiler behind torch.compile is no reason to stop
+            skipped["torch.compile"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    peak, beyond, error = {}, {}, {}
+    for name, work in contenders.items():
+        result = work()
+        error[name] = error_of(result)
+        own = sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor)) / 1e6
+        del result
+        peak[name] = peak_megabytes(work)
+        beyond[name] = max(peak[name] - own, 0.0)
+    times = interleaved_medians(contenders, rounds)
+    return Row(room, case, shape, dtype, times, peak, error, beyond, target, skipped)
 
 
 def relative_error(result: Tensor, oracle: Tensor) -> float:

@@ -28,9 +28,9 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
 }
 
 inline void check_same_columns(const Tensor& tensor, const char* name, const Tensor& features) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == features.size(1) &&
-                      tensor.scalar_type() == features.scalar_type(),
-                  name, ": expected a matrix of as many columns, and in the dtype, as the first");
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(1) == features.size(1) && tensor.scalar_type() == features.scalar_type(), name,
+      ": expected a matrix of as many columns, and in the dtype, as the first");
 }
 
 inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& logits) {

@@ -7,8 +7,8 @@
 #include <atomic>
 
 #include "../stable.h"
+#include "bfloat16.h"
 #include "dispatch.h"
-#include "products.h"
 
 namespace oodkern {
 namespace {
@@ -90,7 +90,6 @@ void multiply(const Multiply& p) {
   if (p.storage == Storage::kBFloat16) return bfloat16_product()(p);
   static const auto single = reinterpret_cast<Gemm<float>>(symbol("sgemm_"));
   static const auto twice = reinterpret_cast<Gemm<double>>(symbol("dgemm_"));
-  if (p.storage == Storage::kFloat32 && getenv("OWN")) return multiply_float32(p);
   if (p.storage == Storage::kFloat64) return twice && p.depth ? fortran(twice, p) : plain<double>(p);
   return single && p.depth ? fortran(single, p) : plain<float>(p);
 }

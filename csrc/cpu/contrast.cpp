@@ -157,10 +157,12 @@ std::tuple<Tensor, Tensor, Tensor> info_nce(const Tensor& queries, const Tensor&
   return {loss, row_lse, column_lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_backward(
-    const Tensor& grad, const Tensor& queries, const Tensor& keys, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& query_labels, const std::optional<Tensor>& key_labels, const Tensor& temperature,
-    const Tensor& query_lse, const Tensor& key_lse, bool normalize, bool symmetric, bool for_queries, bool for_keys) {
+std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad, const Tensor& queries, const Tensor& keys,
+                                                     const std::optional<Tensor>& target,
+                                                     const std::optional<Tensor>& query_labels,
+                                                     const std::optional<Tensor>& key_labels, const Tensor& temperature,
+                                                     const Tensor& query_lse, const Tensor& key_lse, bool normalize,
+                                                     bool symmetric, bool for_queries, bool for_keys) {
   check_matrix(queries, "queries");
   check_same_columns(keys, "keys", queries);
   check_per_row(grad, "grad", queries);
@@ -189,9 +191,8 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(
   const auto row_values = reals_of(pair.wide, row_lse, 0, pair.N, 1.0);
   const auto column_scale = reals(pair.wide, int64_t(b.size()), [&](int64_t j) { return b[j]; });
   const auto column_values = symmetric ? reals_of(pair.wide, column_lse, 0, pair.M, 1.0) : std::vector<char>();
-  const auto column_taken = reals(pair.wide, labels ? int64_t(b.size()) : 0, [&](int64_t j) {
-    return pair.k_count[j] == 0 ? 0.0 : b[j] / pair.k_count[j];
-  });
+  const auto column_taken = reals(pair.wide, labels ? int64_t(b.size()) : 0,
+                                  [&](int64_t j) { return pair.k_count[j] == 0 ? 0.0 : b[j] / pair.k_count[j]; });
 
   const auto like = [](const Tensor& tensor, bool asked) {
     return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());

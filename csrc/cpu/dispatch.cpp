@@ -1,7 +1,7 @@
 // The engines are compiled once per instruction set (see cpu/simd); the best one that the processor has
 // is chosen at load time. A test may choose another.
 #include "dispatch.h"
-#include "products.h"
+#include "bfloat16.h"
 
 #include <atomic>
 #include <string>
@@ -13,16 +13,16 @@ namespace oodkern {
 namespace baseline {
 void run_rows(const RowCall&, int64_t, int64_t);
 extern const TileEngine tile_engine;
-}
+}  // namespace baseline
 #if defined(OODKERN_X86_64)
 namespace avx2 {
 void run_rows(const RowCall&, int64_t, int64_t);
 extern const TileEngine tile_engine;
-}
+}  // namespace avx2
 namespace avx512 {
 void run_rows(const RowCall&, int64_t, int64_t);
 extern const TileEngine tile_engine;
-}
+}  // namespace avx512
 #endif
 
 namespace {

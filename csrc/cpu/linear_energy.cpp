@@ -51,9 +51,9 @@ void check_head(const Tensor& features, const Tensor& weight, const std::optiona
   check_matrix(features, "features");
   check_same_columns(weight, "weight", features);
   if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) &&
-                        bias->scalar_type() == features.scalar_type(),
-                    "bias: expected [K] in the dtype of features");
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == features.scalar_type(),
+        "bias: expected [K] in the dtype of features");
   }
 }
 

@@ -36,8 +36,7 @@ std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& 
     if (part.column + part.z.columns < K) return;
     for (int64_t i = 0; i < part.z.rows; ++i) {
       const int64_t row = part.row + i;
-      const double square =
-          tile_engine().square_distance(x.stored(), x.row(row), c.row(best[i].index), x.columns());
+      const double square = tile_engine().square_distance(x.stored(), x.row(row), c.row(best[i].index), x.columns());
       static_cast<int64_t*>(index.mutable_data_ptr())[row] = best[i].index;
       wide ? void(static_cast<double*>(distance.mutable_data_ptr())[row] = square)
            : void(static_cast<float*>(distance.mutable_data_ptr())[row] = float(square));

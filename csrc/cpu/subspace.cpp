@@ -212,7 +212,8 @@ class Subspace {
   }
   int64_t sums_bytes(const Tensor& out) const { return storage_of(out) == kReal ? 0 : D * r * int64_t(sizeof(Real)); }
   Real* sums_of(const Tensor& out) {
-    Real* sums = static_cast<Real*>(storage_of(out) == kReal ? out.mutable_data_ptr() : workspace_.take(sums_bytes(out)));
+    Real* sums =
+        static_cast<Real*>(storage_of(out) == kReal ? out.mutable_data_ptr() : workspace_.take(sums_bytes(out)));
     if (N == 0 && D * r) std::fill(sums, sums + D * r, Real(0));
     return sums;
   }

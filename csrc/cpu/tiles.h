@@ -43,17 +43,17 @@ struct Positives {
 // The derivative of InfoNCE: a_i (P_ij - [positive] a_positive_i) + the same of columns.
 struct Contrast {
   Positives positives;
-  const void* row_scale;          // a [rows] Real
-  const void* row_lse;            // [rows] Real
-  const void* row_positive;       // [rows] Real: what a positive takes away
-  const void* column_scale;       // b [columns] Real, or null
-  const void* column_lse;         // [columns] Real
-  const void* column_positive;    // [columns] Real, of labels alone
+  const void* row_scale;        // a [rows] Real
+  const void* row_lse;          // [rows] Real
+  const void* row_positive;     // [rows] Real: what a positive takes away
+  const void* column_scale;     // b [columns] Real, or null
+  const void* column_lse;       // [columns] Real
+  const void* column_positive;  // [columns] Real, of labels alone
 };
 
 struct TileEngine {
-  void (*widen)(Storage from, const void* source, int64_t count, void* target);   // to Real of the storage
-  void (*narrow)(Storage to, const void* source, int64_t count, void* target);    // from Real of the storage
+  void (*widen)(Storage from, const void* source, int64_t count, void* target);  // to Real of the storage
+  void (*narrow)(Storage to, const void* source, int64_t count, void* target);   // from Real of the storage
   double (*square_sum)(Storage, const void* row, int64_t count);
   double (*square_distance)(Storage, const void* a, const void* b, int64_t count);
   // row -= scale (row . direction) direction

@@ -142,8 +142,9 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
     return operand.block(p.row + first, count, own, !p.copy_x);
   };
   const Matrix xs = rows_of(x, x_), ws = w.block(p.column, p.columns, w_, true);
-  const Part part{p.row + first, first, p.column, tile(z_, first, count, 0, p.columns),
-                  tile(t_, first, count, 0, p.columns), p.again};
+  const Part part{
+      p.row + first, first, p.column, tile(z_, first, count, 0, p.columns), tile(t_, first, count, 0, p.columns),
+      p.again};
   multiply({x.read(), false, true, count, p.columns, D, xs, ws, part.z.z, stride_, false});
   Matrix vs{}, us{};
   if (second) {
@@ -167,8 +168,8 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
     }
   }
   if (!dx) return;
-  void* sums = direct(*dx) ? at(dx->result.mutable_data_ptr(), (p.row + first) * D * real())
-                           : at(dx_, first * D * real());
+  void* sums =
+      direct(*dx) ? at(dx->result.mutable_data_ptr(), (p.row + first) * D * real()) : at(dx_, first * D * real());
   const Matrix by_z = factor(z_, z16_, first, 0), by_t = second ? factor(t_, t16_, first, 0) : Matrix{};
   multiply({x.read(), false, false, count, D, p.columns, second ? by_t : by_z, ws, sums, D, !p.first_slice});
   if (u) multiply({x.read(), false, false, count, D, p.columns, by_z, us, sums, D, true});

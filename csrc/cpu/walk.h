@@ -85,15 +85,16 @@ class Walk {
   const Operand* v = nullptr;
   const Operand* u = nullptr;
   bool second = false;
-  // Where `second`: dx += t w + z u, dw += t^T x + z^T v; else dx += z w, dw += z^T x, of the tiles as on_rows left them.
+  // Where `second`: dx += t w + z u, dw += t^T x + z^T v; else dx += z w, dw += z^T x, of the tiles as on_rows left
+  // them.
   Gradient* dx = nullptr;
   Gradient* dw = nullptr;
   double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
 
   // Sizes of tiles, from what was set above.
   void plan();
-  int64_t wave() const { return wave_; }                         // rows: what a row has come to is kept for so many
-  bool whole_rows() const { return slice_ >= w.rows(); }         // a tile has all classes
+  int64_t wave() const { return wave_; }                  // rows: what a row has come to is kept for so many
+  bool whole_rows() const { return slice_ >= w.rows(); }  // a tile has all classes
 
   // `on_rows` is called by one thread a part; `on_columns` afterwards, with all rows of the wave and some columns.
   using Visit = std::function<void(const Part&)>;

@@ -215,8 +215,7 @@ void second_sum(const Tile& z_tile, const Tile& t_tile, Reduce how, const void* 
   });
 }
 
-void second(const Tile& z_tile, const Tile& t_tile, Reduce how, const void* value, const void* scale,
-            const double* u) {
+void second(const Tile& z_tile, const Tile& t_tile, Reduce how, const void* value, const void* scale, const double* u) {
   with_reducer(z_tile.wide, how, [&](auto math, auto reducer) {
     using Real = typename decltype(math)::Real;
     for (int64_t row = 0; row < z_tile.rows; ++row) {
@@ -362,7 +361,7 @@ void contrast(const Tile& tile, const Contrast& c, double* product) {
 
 extern const TileEngine tile_engine;
 const TileEngine tile_engine = {
-    widen_row, narrow_row, square_sum, square_distance, remove_direction, affine,         begin,     reduce,  finish,
+    widen_row, narrow_row, square_sum, square_distance, remove_direction, affine,         begin,     reduce,   finish,
     best,      slope,      second_sum, second,          column_sums,      reduce_columns, positives, contrast,
 };
 
