@@ -247,13 +247,14 @@ void Walk::run(Workspace& workspace, const Visit& on_rows, const Visit& on_colum
            slice == 0, slice == slices - 1, copy_x, copy_w, again},
           on_rows, on_columns);
   };
-  if (whole_) {
+  if (whole_ || waves == 1) {
     for (int64_t i = 0; i < waves; ++i) {
       for (int64_t j = 0; j < slices; ++j) place(i, j, j == 0, j == 0 ? i == 0 || slices > 1 : true);
     }
     return;
   }
-  // The sums of all classes do not fit: rows' gradients first, then classes' slice by slice, each tile formed twice.
+  // The sums of all classes do not fit, and a slice's are not complete after one wave: rows' gradients first, then
+  // classes' slice by slice, each tile formed twice.
   Gradient* const classes = dw;
   double* const sums = column_sum;
   if (dx) {

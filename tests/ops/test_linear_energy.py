@@ -208,14 +208,15 @@ def test_linear_scores_is_one_pass():
     assert products_of(lambda: torch.autograd.grad(only, alone, like(only)))[0] == 3  # z, t and the gradient
 
 
-def test_sums_that_do_not_fit_are_gone_through_by_class():
-    """16-bit weights of 9 MB: their float32 sums would not leave room for tiles, so tiles are formed twice."""
-    x, w = (torch.randn(40, 700) * 0.1).half().requires_grad_(), (torch.randn(6500, 700) * 0.1).half().requires_grad_()
+@pytest.mark.parametrize(("N", "products"), [(40, 4), (1500, 5)])
+def test_sums_that_do_not_fit_are_gone_through_by_class(N, products):
+    """16-bit weights of 9 MB: their float32 sums would not leave room for tiles, so waves form theirs twice."""
+    x, w = (torch.randn(N, 700) * 0.1).half().requires_grad_(), (torch.randn(6500, 700) * 0.1).half().requires_grad_()
     before = torch.ops.oodkern.multiplications()
     value = oodkern.linear_energy(x, w)
     g = like(value)
     dx, dw = torch.autograd.grad(value, (x, w), g, create_graph=True)
-    assert torch.ops.oodkern.multiplications() - before == 5 * 40 * 700 * 6500
+    assert torch.ops.oodkern.multiplications() - before == products * N * 700 * 6500
     z = (x.detach().double() @ w.detach().double().T).requires_grad_()
     (p,) = torch.autograd.grad(reference.energy(z), z, g.double())
     for ours, exact in ((dx, p @ w.detach().double()), (dw, p.T @ x.detach().double())):
