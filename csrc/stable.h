@@ -26,6 +26,11 @@ inline Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
+// A gradient's memory, or a tensor without elements where it was not asked for.
+inline Tensor gradient_of(const Tensor& tensor, bool asked) {
+  return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
+}
+
 // Scores and norms are float32 for every input dtype but float64.
 inline ScalarType score_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

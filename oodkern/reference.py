@@ -6,8 +6,31 @@ PyTorch can; nothing is fused and nothing is checked. Scores come out as float32
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def autocasting(tensor: Tensor) -> bool:
+    """Whether products of such tensors would be formed in autocast's dtype."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def unrounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps autocast from rounding what is widened here: products of matrices are among what it casts."""
+
+    @functools.wraps(function)
+    def wrapped(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        if not autocasting(first):
+            return function(first, *arguments, **keywords)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments, **keywords)
+
+    return wrapped
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -44,6 +67,7 @@ def joint_energy(logits: Tensor) -> Tensor:
     return (torch.where(positive, z, 0.0) + torch.where(positive, -z, z).exp().log1p()).sum(-1)
 
 
+@unrounded
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits [N, K] of features [N, D], weight [K, D] and bias [K], formed and kept in float32 at least."""
     return torch.nn.functional.linear(widen(features), widen(weight), None if bias is None else widen(bias))
@@ -75,12 +99,14 @@ def unit(rows: Tensor) -> Tensor:
     return torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
+@unrounded
 def alignment(features: Tensor, weight: Tensor) -> Tensor:
     """(1/K) sum_k |cos(x, w_k)| of each row."""
     cosines = unit(widen(features)) @ unit(widen(weight)).T
     return cosines.abs().sum(-1) / max(len(weight), 1)
 
 
+@unrounded
 def subspace_energy(features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """inside = ||U^T x||^2 and outside = ||x - U U^T x||^2 of each row, for a basis U [D, r].
 
@@ -94,6 +120,7 @@ def subspace_energy(features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return (inside * inside).sum(-1), (outside * outside).sum(-1)
 
 
+@unrounded
 def info_nce(
     queries: Tensor,
     keys: Tensor,

@@ -23,7 +23,6 @@ class ProductOp(Op):
     order: how often it can be differentiated.
     by_columns: whether the second input has as many columns as the first (a basis has as many rows).
     mixed: whether the second input may have another dtype.
-    coupled: whether a row's result depends on other rows.
     autocasts: whether autocast casts the inputs.
     raw_products: of a raw op's name, its arguments from the inputs.
     condition: of float64 inputs, the units of rounding that are allowed beyond the bound.
@@ -36,7 +35,6 @@ class ProductOp(Op):
     order: int = 2
     by_columns: bool = True
     mixed: bool = False
-    coupled: bool = False
     autocasts: bool = True
     terms: Callable[..., Sequence[Tensor]] = lambda *inputs: ()
     bytes_per_row: int = 0

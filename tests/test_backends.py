@@ -69,7 +69,40 @@ def test_other_devices_take_the_reference():
         for function in (oodkern.energy, oodkern.joint_energy):
             value = function(z)
             assert (value.shape, value.dtype, value.device.type) == ((5,), expected, "meta")
+        x, w = (torch.empty(n, 7, dtype=dtype, device="meta") for n in (5, 3))
+        for value in (
+            oodkern.linear_energy(x, w),
+            oodkern.linear_joint_energy(x, w),
+            oodkern.linear_scores(x, w).msp,
+            oodkern.alignment(x, w),
+            oodkern.subspace_energy(x, w.T).outside,
+            oodkern.info_nce(x, x, torch.empty(5, dtype=torch.int64, device="meta")),
+        ):
+            assert (value.shape, value.dtype, value.device.type) == ((5,), expected, "meta")
     assert available_backends("meta") == ("reference",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_does_not_round_under_autocast(dtype):
+    """Autocast casts the inputs of a product; what becomes of it stays float32."""
+    x, w = torch.randn(6, 40), torch.randn(9, 40)
+    u = oodkern.orthonormal_basis(w)
+    rounded = x.to(dtype), w.to(dtype)
+    with backend("reference"), torch.autocast("cpu", dtype):
+        results = (
+            oodkern.linear_energy(x, w),
+            oodkern.alignment(x, w),
+            oodkern.info_nce(x, w, torch.arange(6)),
+            oodkern.subspace_energy(x, u).outside,
+        )
+    exact = (
+        reference.linear_energy(*(t.double() for t in rounded)),
+        reference.alignment(*(t.double() for t in rounded)),
+        reference.info_nce(*(t.double() for t in rounded), torch.arange(6)),
+        reference.subspace_energy(x.double(), u.double())[1],
+    )
+    for ours, oracle in zip(results, exact, strict=True):
+        torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=1e-5)
 
 
 def test_both_backends_agree():

@@ -53,12 +53,9 @@ std::tuple<Tensor, Tensor> alignment_backward(const Tensor& grad, const Tensor& 
   check_per_row(grad, "grad", features);
   const Cosines cosines(features, weight);
   const int64_t K = weight.size(0);
-  const auto like = [](const Tensor& tensor, bool asked) {
-    return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
-  };
   // Of a cosine the part along the feature, and along the weight, has no slope.
-  Gradient of_features{like(features, for_features), true};
-  Gradient of_weight{like(weight, for_weight), true};
+  Gradient of_features{gradient_of(features, for_features), true};
+  Gradient of_weight{gradient_of(weight, for_weight), true};
   const Column upstream = as_column(grad);
   Workspace workspace(features);
   Walk walk(cosines.x, cosines.w);

@@ -194,11 +194,8 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad, const T
   const auto column_taken = reals(pair.wide, labels ? int64_t(b.size()) : 0,
                                   [&](int64_t j) { return pair.k_count[j] == 0 ? 0.0 : b[j] / pair.k_count[j]; });
 
-  const auto like = [](const Tensor& tensor, bool asked) {
-    return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
-  };
-  Gradient of_queries{like(queries, for_queries), normalize};
-  Gradient of_keys{like(keys, for_keys), normalize};
+  Gradient of_queries{gradient_of(queries, for_queries), normalize};
+  Gradient of_keys{gradient_of(keys, for_keys), normalize};
   Workspace workspace(queries);
   Walk walk(pair.q, pair.k);
   if (for_queries) walk.dx = &of_queries;

@@ -89,11 +89,8 @@ struct Wanted {
   std::vector<double> bias_sums;
 
   Wanted(const Tensor& x, const Tensor& w, bool for_features, bool for_weight, bool for_bias) {
-    const auto like = [](const Tensor& tensor, bool asked) {
-      return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
-    };
-    features.result = like(x, for_features);
-    weight.result = like(w, for_weight);
+    features.result = gradient_of(x, for_features);
+    weight.result = gradient_of(w, for_weight);
     bias = empty_of(w, {for_bias ? w.size(0) : 0}, w.scalar_type());
     if (for_bias) bias_sums.resize(w.size(0));
   }

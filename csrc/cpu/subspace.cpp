@@ -242,9 +242,6 @@ void with_real(const Tensor& features, Body&& body) {
 Tensor per_row(const Tensor& features) {
   return empty_of(features, {features.size(0)}, score_dtype(features));
 }
-Tensor like_where(const Tensor& tensor, bool asked) {
-  return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
-}
 
 std::tuple<Tensor, Tensor> subspace_energy(const Tensor& features, const Tensor& basis) {
   check(features, basis);
@@ -263,7 +260,7 @@ std::tuple<Tensor, Tensor> subspace_energy_backward(const Tensor& grad_inside, c
   check(features, basis);
   check_per_row(grad_inside, "grad_inside", features);
   check_per_row(grad_outside, "grad_outside", features);
-  Tensor dx = like_where(features, for_features), du = like_where(basis, for_basis);
+  Tensor dx = gradient_of(features, for_features), du = gradient_of(basis, for_basis);
   with_real(features, [&](auto real) {
     Subspace<decltype(real)>(features, basis)
         .backward(as_column(grad_inside), as_column(grad_outside), for_features ? &dx : nullptr,
@@ -283,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> subspace_energy_double_backward(
   if (features_cotangent) check_same_shape(*features_cotangent, "features_cotangent", features, "features");
   if (basis_cotangent) check_same_shape(*basis_cotangent, "basis_cotangent", basis, "basis");
   Tensor d_in = per_row(features), d_out = per_row(features);
-  Tensor dx = like_where(features, for_features), du = like_where(basis, for_basis);
+  Tensor dx = gradient_of(features, for_features), du = gradient_of(basis, for_basis);
   with_real(features, [&](auto real) {
     using Real = decltype(real);
     Subspace<Real>(features, basis)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodkern import _native, triton_kernels
+from oodkern import _native, reference, triton_kernels
 from oodkern.ops._checks import check_floating
 
 # Backend -> the namespace of its raw ops.
@@ -85,10 +85,10 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
     Raw ops compute in float32 from 16-bit numbers and never round what they make of them.
     """
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    first = next(tensor for tensor in tensors if tensor is not None)
+    if not reference.autocasting(first):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
@@ -118,7 +118,7 @@ def check_head(features: Any, weight: Any, bias: Any) -> None:
     """features [N, D], weight [K, D], bias [K] or None. Under autocast dtypes may differ: they are cast."""
     check_matrix(features, "features")
     check_matrix(weight, "weight", "K, D")
-    mixed = torch.is_autocast_enabled(features.device.type)
+    mixed = reference.autocasting(features)
     if weight.shape[1] != features.shape[1]:
         raise ValueError(f"weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")
     check_beside(weight, "weight", features, "features", dtype=not mixed)

@@ -69,7 +69,7 @@ def info_nce(
     positives: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (their L_out).
     """
     check_matrix(queries, "queries")
-    mixed = torch.is_autocast_enabled(queries.device.type)
+    mixed = reference.autocasting(queries)
     check_matrix(keys, "keys", "M, D")
     if keys.shape[1] != queries.shape[1]:
         raise ValueError(f"keys: expected [M, {queries.shape[1]}] as queries are, got {list(keys.shape)}")

@@ -69,7 +69,7 @@ def alignment(features: Tensor, weight: Tensor) -> Tensor:
     Source: Wu et al., Pursuing Feature Separation based on Neural Collapse for OOD Detection, ICLR 2025.
     """
     check_matrix(features, "features")
-    mixed = torch.is_autocast_enabled(features.device.type)
+    mixed = reference.autocasting(features)
     check_matrix(weight, "weight", "K, D")
     if weight.shape[1] != features.shape[1]:
         raise ValueError(f"weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")

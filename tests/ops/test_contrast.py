@@ -98,7 +98,6 @@ def op(normalize=True, symmetric=False, labelled=False, temperature=0.5, raw_pro
         make=square if symmetric else pair,
         order=1,
         scale=1.0,
-        coupled=True,
         condition=condition,
         terms=terms,
         bytes_per_row=24,  # the logsumexp of rows and columns
@@ -106,23 +105,27 @@ def op(normalize=True, symmetric=False, labelled=False, temperature=0.5, raw_pro
     )
 
 
-class TestInfoNCE(ProductBar):
+class ContrastBar(ProductBar):
+    test_nan_stays_in_its_row = None  # gradients of keys, and the keys' direction, are sums over queries
+
+
+class TestInfoNCE(ContrastBar):
     op = op(raw_products=raw(False))
 
 
-class TestUnnormalized(ProductBar):
+class TestUnnormalized(ContrastBar):
     op = op(normalize=False, temperature=3.0)
 
 
-class TestSymmetric(ProductBar):
+class TestSymmetric(ContrastBar):
     op = op(symmetric=True, raw_products=raw(True))
 
 
-class TestLabelled(ProductBar):
+class TestLabelled(ContrastBar):
     op = op(labelled=True, raw_products=raw(False, labelled=True))
 
 
-class TestSymmetricLabelled(ProductBar):
+class TestSymmetricLabelled(ContrastBar):
     op = op(symmetric=True, labelled=True, normalize=False, temperature=2.0)
 
 
@@ -196,6 +199,16 @@ class TestEdges:
         value = oodkern.info_nce(q, k, target_of(q, k))
         (gradient,) = torch.autograd.grad(value, q, like(value))
         assert ((gradient * q).sum(1).abs() < 1e-12).all()
+
+
+def test_nan_of_a_query_stays_in_its_loss():
+    q, k = torch.randn(6, 5), torch.randn(9, 5)
+    clean = oodkern.info_nce(q, k, target_of(q, k))
+    q[2, 1] = torch.nan
+    value = oodkern.info_nce(q, k, target_of(q, k))
+    assert value.isnan().nonzero().flatten().tolist() == [2]
+    others = torch.tensor([0, 1, 3, 4, 5])
+    assert torch.equal(value[others], clean[others])
 
 
 def test_rejects_what_it_cannot_compute():
