@@ -1,6 +1,6 @@
 """Room `linear_energy` against eager PyTorch, torch.compile and a chunked loop: `pytest benches/bench_linear_energy.py`.
 
-Eager is what users write: the product, `.float()`, logsumexp. `chunked` is what a good engineer writes without a
+Eager is what users write: the product, `.float()`, logsumexp. `native-chunked` is what a good engineer writes without a
 fused kernel: some rows at a time, one row kernel a chunk, the gradient by hand.
 """
 
@@ -97,7 +97,7 @@ def test_linear_energy(name, case, dtype, benchmark, record, rounds):
     contenders = {
         "oodkern": partial(work, ours, x, w, b),
         "eager": partial(work, eager, x, w, b),
-        "chunked": partial(chunked, name, x, w, b),
+        "native-chunked": partial(chunked, name, x, w, b),
     }
     row = side_by_side(
         "linear_energy",

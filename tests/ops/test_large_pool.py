@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 PROGRAM = """
-import resource, torch, oodkern
+import torch, oodkern
 N, D, K = {N}, 64, 5000
 x, w = torch.empty(N, D).normal_().requires_grad_(), (torch.randn(K, D) * 0.1).requires_grad_()
 value = oodkern.linear_energy(x, w)
@@ -14,12 +15,13 @@ gradient = torch.autograd.grad(value, (x, w), torch.randn(N))
 some = slice(N - 100, N)
 exact = -torch.logsumexp(x[some].detach().double() @ w.detach().double().T, -1)
 assert ((value[some] - exact).abs() / exact.abs()).max() < 3e-5
-assert all(g.isfinite().all() for g in gradient)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+assert all(g.sum().isfinite() for g in gradient)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell a process's peak memory")
 def test_two_million_outliers_and_five_thousand_classes():
     """40 GB of logits, forward and backward, under 2 GB of process memory (features and their gradient are 1 GB)."""
     done = subprocess.run(

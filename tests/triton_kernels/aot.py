@@ -104,7 +104,8 @@ def looked_up(kernel: str, dtype: torch.dtype, K: int, *arguments: Any) -> confi
 def launches(arch: str, names: Sequence[str]) -> Iterator[Launch]:
     """What the cases (all, unless named) launch on a GPU of this architecture.
 
-    Of launches that differ in alignment alone, the most and the least aligned.
+    Of launches that differ in alignment alone the most aligned, and on sm_80, which takes pointers everywhere, the
+    least aligned too.
     """
     record: list[Launch] = []
 
@@ -124,7 +125,7 @@ def launches(arch: str, names: Sequence[str]) -> Iterator[Launch]:
     for same in kinds.values():
         same.sort(key=lambda launch: len(launch.aligned))
         yield same[-1]
-        if len(same[0].aligned) < len(same[-1].aligned):
+        if arch == "sm_80" and len(same[0].aligned) < len(same[-1].aligned):
             yield same[0]
 
 
