@@ -1,4 +1,4 @@
-"""Room `linear_energy` against eager PyTorch, torch.compile and a chunked loop: `pytest benches/bench_linear_energy.py`.
+"""Room `linear_energy` against eager PyTorch, torch.compile and chunks: `pytest benches/bench_linear_energy.py`.
 
 Eager is what users write: the product, `.float()`, logsumexp. `native-chunked` is what a good engineer writes without a
 fused kernel: some rows at a time, one row kernel a chunk, the gradient by hand.
@@ -70,16 +70,14 @@ def chunked_forward_backward(name, x, w, b):
     return dx, dw.to(w.dtype), db.to(b.dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # eager float16 takes five times float32's time
 @pytest.mark.parametrize("case", ["forward", "forward + backward"])
 @pytest.mark.parametrize("name", OPS)
 def test_linear_energy(name, case, dtype, benchmark, record, rounds):
     ours, eager, oracle = OPS[name]
     x, w, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((N, D), (K, D), (K,)))
     w = w * 0.1
-    work, chunked = (
-        (forward, chunked_forward) if case == "forward" else (forward_backward, chunked_forward_backward)
-    )
+    work, chunked = (forward, chunked_forward) if case == "forward" else (forward_backward, chunked_forward_backward)
     rows = slice(0, 500)
 
     def exact():

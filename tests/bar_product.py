@@ -56,7 +56,7 @@ class ProductBar(ProductPyTorchBar):
         typical = size.nan_to_num(0.0, 0.0).square().mean().sqrt() if size.numel() else size
         size = (torch.maximum(size, typical) + terms).expand_as(oracle)
         if ours.dtype == torch.bfloat16:
-            # Slopes are rounded to bfloat16 before they are multiplied on, as eager's are; which may happen to be exact.
+            # Slopes are rounded to bfloat16 before they are multiplied on, as eager's are; which may be exact by luck.
             condition = condition + torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
         assert_two_sided(ours, oracle, eager, what, rows=rows, size=size, condition=condition)
 
@@ -246,7 +246,7 @@ class ProductBar(ProductPyTorchBar):
         with pytest.raises(ValueError, match="expected"):
             self.op.function(inputs[0], inputs[1][:, :-1] if self.op.by_columns else inputs[1][:-1], *inputs[2:])
         if not self.op.mixed:
-            with pytest.raises(TypeError, match="expected float32 as .* are, got float64"):
+            with pytest.raises(TypeError, match=r"expected float32 as .* are, got float64"):
                 self.op.function(inputs[0], inputs[1].double(), *inputs[2:])
         with pytest.raises(ValueError, match="expected on cpu, where"):
             self.op.function(inputs[0], inputs[1].to("meta"), *inputs[2:])

@@ -111,11 +111,11 @@ OODKERN_BF16 void kernel(const uint32_t* a, const uint32_t* b, int64_t pairs, fl
   __m512 sum[Rows][3];
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_ps();
   for (int64_t pair = 0; pair < pairs; ++pair, a += kRows, b += kColumns) {
-    const __m512bh b0 = __m512bh(_mm512_loadu_si512(b)), b1 = __m512bh(_mm512_loadu_si512(b + 16)),
-                   b2 = __m512bh(_mm512_loadu_si512(b + 32));
-#pragma GCC unroll 8
+    const __m512bh b0 = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(b)),
+                   b1 = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(b + 16)),
+                   b2 = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(b + 32));
     for (int r = 0; r < Rows; ++r) {
-      const __m512bh one = __m512bh(_mm512_set1_epi32(int(a[r])));
+      const __m512bh one = __builtin_bit_cast(__m512bh, _mm512_set1_epi32(int(a[r])));
       sum[r][0] = _mm512_dpbf16_ps(sum[r][0], one, b0);
       sum[r][1] = _mm512_dpbf16_ps(sum[r][1], one, b1);
       sum[r][2] = _mm512_dpbf16_ps(sum[r][2], one, b2);

@@ -18,13 +18,14 @@ class Subspace {
   void forward(Real* inside, Real* outside) {
     plan(1, 1, 0);
     Real *y = block(r), *R = block(D);
-    in_waves([&](const Wave& w) {
+    const auto on_rows = [&](const Wave& w) {
       project(w, y, R);
       for (int64_t i = w.first; i < w.first + w.count; ++i) {
         inside[w.row + i] = Real(square(y + i * r, r));
         outside[w.row + i] = Real(square(R + i * D, D));
       }
-    });
+    };
+    in_waves(on_rows, [](const Wave&, int64_t, int64_t) {});
   }
 
   // Gradients of sum_n g_in inside + g_out outside: dX = U q + 2 g_out R and dU = sum x q^T + R h^T, with
@@ -155,10 +156,6 @@ class Subspace {
     return {data + w.first * columns, std::max<int64_t>(columns, 1)};
   }
 
-  template <class OnRows>
-  void in_waves(OnRows&& on_rows) {
-    in_waves(on_rows, [](const Wave&, int64_t, int64_t) {});
-  }
   // `on_rows` for each thread's rows of a wave, then `on_features` for each thread's share of the D features.
   template <class OnRows, class OnFeatures>
   void in_waves(OnRows&& on_rows, OnFeatures&& on_features) {

@@ -86,7 +86,7 @@ void Walk::plan() {
   }
   // A row of tiles that is a power of two long would share its cache sets with the next ones.
   stride_ = slice_ + 16;
-  block_ = std::max<int64_t>(1, (wave_ + threads() - 1) / threads());
+  block_ = std::max<int64_t>(std::min<int64_t>(wave_, 16), (wave_ + threads() - 1) / threads());
 }
 
 void Walk::allocate(Workspace& workspace) {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._checks import LARGEST_TEMPERATURE, check_tensor, check_temperature, score_dtype
+from oodkern.ops._checks import LARGEST_TEMPERATURE, check_temperature, check_tensor, score_dtype
 from oodkern.ops._product import (
     autocast,
     check_beside,

@@ -82,7 +82,7 @@ def alignment(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def subspace_energy(features: Tensor, basis: Tensor) -> SubspaceEnergy:
-    """Squared norms of the projection of each feature onto a subspace and of what is left, |U^T x|^2 and |x - U U^T x|^2.
+    """Squared norms of each feature's projection onto a subspace and of what is left, |U^T x|^2 and |x - U U^T x|^2.
 
     Args:
         features: [N, D], float64, float32, bfloat16 or float16.
