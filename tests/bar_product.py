@@ -182,6 +182,8 @@ class ProductBar(ProductPyTorchBar):
             for tensor, gradient in zip(inputs, results[1 : 1 + len(inputs)], strict=True):
                 assert gradient.shape == tensor.shape
                 assert gradient.isfinite().all()
+                if len_of(shapes) == 0:
+                    assert (gradient == 0).all()
 
     def test_repeats_bit_for_bit(self, dtype: torch.dtype) -> None:
         inputs = self.op.inputs(self.op.large, dtype)

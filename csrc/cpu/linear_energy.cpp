@@ -248,15 +248,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
     engine.finish(head.wide, softplus, rows, of_joint, 1.0, real_at(joint, part.row));
     for (int64_t i = 0; i < rows; ++i) {
       static_cast<int64_t*>(argmax.mutable_data_ptr())[part.row + i] = best[i].index;
-      const auto put = [&](auto low) {
-        using Real = decltype(low);
-        // No comparison finds a NaN; the sum of the row does.
-        const Real maximum = low != low ? low : Real(best[i].maximum);
+      const auto put = [&](auto real) {
+        using Real = decltype(real);
+        const Real maximum = Real(best[i].maximum);
         static_cast<Real*>(largest.mutable_data_ptr())[part.row + i] = maximum;
-        static_cast<Real*>(msp.mutable_data_ptr())[part.row + i] = std::exp(maximum + low);
+        // exp(maximum + low), without the rounding of an energy as large as the logits
+        static_cast<Real*>(msp.mutable_data_ptr())[part.row + i] =
+            std::isfinite(maximum) ? Real(1 / of_lse[i].sum) : Real(NAN);
       };
-      const void* low = real_at(energy, part.row + i);
-      head.wide ? put(*static_cast<const double*>(low)) : put(*static_cast<const float*>(low));
+      head.wide ? put(double{}) : put(float{});
     }
   });
   return {energy, joint, largest, argmax, msp};

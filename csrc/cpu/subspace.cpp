@@ -229,6 +229,8 @@ void check(const Tensor& features, const Tensor& basis) {
   check_matrix(features, "features");
   check_matrix(basis, "basis");
   STD_TORCH_CHECK(basis.size(0) == features.size(1), "basis: expected [D, r] for features [N, D]");
+  STD_TORCH_CHECK(basis.scalar_type() == score_dtype(features) || basis.scalar_type() == features.scalar_type(),
+                  "basis: expected the dtype of features or of scores");
 }
 
 template <class Body>

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodkern.ops._checks import check_floating, check_logits, check_tensor
-from oodkern.ops._product import check_beside, check_matrix
+from oodkern.ops._checks import check_logits, check_tensor
+from oodkern.ops._product import check_beside, check_head
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Labels that are looked at together: a mask of them takes so many bytes.
@@ -46,17 +46,7 @@ def check_logit_rows(logits: Tensor, logits_ood: Tensor | None) -> None:
 
 def check_fused(features: Any, weight: Any, bias: Any, n_id: Any) -> None:
     """features [N, D] and a head of [K, D] and [K] or None; under autocast dtypes may differ, since it casts them."""
-    check_matrix(features, "features")
-    check_matrix(weight, "head_weight", "K, D")
-    mixed = torch.is_autocast_enabled(features.device.type)
-    if weight.shape[1] != features.shape[1]:
-        raise ValueError(f"head_weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")
-    check_beside(weight, "head_weight", features, "features", dtype=not mixed)
-    if bias is not None:
-        check_floating(bias, "head_bias")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"head_bias: expected [{len(weight)}] as head_weight has rows, got {list(bias.shape)}")
-        check_beside(bias, "head_bias", features, "features", dtype=not mixed)
+    check_head(features, weight, bias, "head_")
     if n_id is not None:
         if isinstance(n_id, bool) or not isinstance(n_id, int | torch.SymInt):
             raise TypeError(f"n_id: expected an integer or None, got {type(n_id).__name__}")

@@ -40,6 +40,8 @@ def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor |
 
 def one_by_one(function: type[torch.autograd.Function], info: Any, in_dims: tuple, arguments: tuple) -> tuple:
     """torch.vmap of a Function whose outputs depend on whole tensors: a loop over the batch."""
+    if info.batch_size == 0:
+        raise ValueError("torch.vmap: expected a batch of at least one, got 0")
 
     def one(argument: Any, dim: int | None, i: int) -> Any:
         return argument.select(dim, i) if isinstance(argument, Tensor) and dim is not None else argument
@@ -58,10 +60,13 @@ def rows_folded(
 ) -> tuple:
     """torch.vmap of a Function whose rows do not see one another: the batch joins the rows.
 
-    `by_row` are the positions of the arguments that have rows; where another one is batched too, or there are no
-    rows to join, the batch is gone through `one_by_one`.
+    `by_row` are the positions of the arguments that have rows; where another one is batched too, or there is nothing
+    to join, the batch is gone through `one_by_one`.
     """
-    if info.batch_size == 0 or any(dim is not None and i not in by_row for i, dim in enumerate(in_dims)):
+    rows = [arguments[i] for i in by_row if isinstance(arguments[i], Tensor)]
+    if any(tensor.numel() == 0 for tensor in rows) or any(
+        dim is not None and i not in by_row for i, dim in enumerate(in_dims)
+    ):
         return one_by_one(function, info, in_dims, arguments)
     folded = list(arguments)
     for i in by_row:
@@ -72,7 +77,7 @@ def rows_folded(
     outputs = function.apply(*folded)
 
     def unfold(output: Tensor) -> Tensor:
-        # An output that was not asked for has no elements.
+        # An output that was not asked for has no elements, whatever the batch.
         return output.unflatten(0, (info.batch_size, -1)) if output.numel() else output.expand(info.batch_size, 0)
 
     if isinstance(outputs, tuple):
@@ -114,19 +119,21 @@ def check_beside(value: Tensor, name: str, like: Tensor, of: str, dtype: bool = 
         raise TypeError(f"{name}: expected {names[0]} as {of} are, got {names[1]}; cast one of them")
 
 
-def check_head(features: Any, weight: Any, bias: Any) -> None:
+def check_head(features: Any, weight: Any, bias: Any, prefix: str = "") -> None:
     """features [N, D], weight [K, D], bias [K] or None. Under autocast dtypes may differ: they are cast."""
     check_matrix(features, "features")
-    check_matrix(weight, "weight", "K, D")
+    check_matrix(weight, prefix + "weight", "K, D")
     mixed = reference.autocasting(features)
     if weight.shape[1] != features.shape[1]:
-        raise ValueError(f"weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")
-    check_beside(weight, "weight", features, "features", dtype=not mixed)
+        raise ValueError(f"{prefix}weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")
+    check_beside(weight, prefix + "weight", features, "features", dtype=not mixed)
     if bias is not None:
-        check_floating(bias, "bias")
+        check_floating(bias, prefix + "bias")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected [{len(weight)}], one number a row of weight, got {list(bias.shape)}")
-        check_beside(bias, "bias", features, "features", dtype=not mixed)
+            raise ValueError(
+                f"{prefix}bias: expected [{len(weight)}], one number a row of {prefix}weight, got {list(bias.shape)}"
+            )
+        check_beside(bias, prefix + "bias", features, "features", dtype=not mixed)
 
 
 def no_third(name: str) -> RuntimeError:

@@ -51,7 +51,7 @@ def info_nce(
         keys: [M, D], in the dtype of the queries (under autocast both are cast to its dtype).
         target: [N] integers in 0..M-1, the index of each query's positive key; None with `positives`.
         temperature: T > 0, a number or a tensor of one element, which may require a gradient.
-        normalize: take q and k at norm 1 (a row of zeros stays one).
+        normalize: take q and k at norm 1 (a row of zeros stays one; in float32 norms between 1e-15 and 1e15).
         symmetric: the mean of the queries' and the keys' direction; N = M. The keys' is
             log sum_i exp(s_ij) - s_i,target at j = target[i].
         positives: labels (of the queries [N], of the keys [M]), integers: all keys of a query's label are its

@@ -58,9 +58,11 @@ def linear_energy(features: Tensor, weight: Tensor, bias: Tensor | None = None, 
         that are never rounded to 16 bits. As an OOD score: larger = more OOD.
 
     Differentiable twice in features, weight and bias, any of which may need no gradient; gradients have the dtype of
-    what they are of, accumulated in float32 at least and rounded once. Beyond arguments, results and gradients it
-    holds at most 16 MiB on the CPU, and on a GPU a row wave of slopes (mostly 30 MB) and the float32 sums of the weight's
-    gradient, whatever N. Raises TypeError or ValueError for an argument of the wrong kind or shape.
+    what they are of and are accumulated in float32 at least (of slopes that are rounded to bfloat16 where processors
+    multiply that, and to 16 bits on GPUs). Beyond arguments, results and gradients it holds at most 16 MiB on the CPU,
+    where matrices without dense rows are copied first, and on a GPU a wave of slopes (mostly 30 MB) and the float32
+    sums of the weight's gradient, whatever N. Raises TypeError or ValueError for an argument of the wrong kind or
+    shape.
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """

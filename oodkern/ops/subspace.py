@@ -61,7 +61,8 @@ def alignment(features: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         [N] in [0, 1]; float32 (float64 for float64 features). High for in-distribution inputs of a collapsed
-        classifier. The cosine of a row of zeros is 0, its gradient zero; K = 0 gives zeros.
+        classifier. The cosine of a row of zeros is 0, its gradient zero; K = 0 gives zeros. Products are formed
+        before they are divided by the norms: in float32 these should lie between 1e-15 and 1e15.
 
     Differentiable once, in features and weight (Separation detaches the weight, which is up to its loss). The
     cosines [N, K] are never stored. Raises TypeError or ValueError for an argument of the wrong kind or shape.
@@ -86,21 +87,23 @@ def subspace_energy(features: Tensor, basis: Tensor) -> SubspaceEnergy:
 
     Args:
         features: [N, D], float64, float32, bfloat16 or float16.
-        basis: [D, r], r >= 0: columns of `orthonormal_basis`, float32 (float64 for float64 features) or in the dtype
-            of the features. The formulas hold as they are for a basis that is not orthonormal.
+        basis: [D, r], r >= 0: columns of `orthonormal_basis`, float32 or in the dtype of the features. The formulas
+            hold as they are for a basis that is not orthonormal.
 
     Returns:
         `SubspaceEnergy(inside, outside)`, each [N]; float32 (float64 for float64 features), also under autocast. The
         complement is formed and then squared, so it is exact to rounding where nearly all of x lies inside
         (|x|^2 - |U^T x|^2 loses 6 digits where 1e-3 of the norm is outside).
 
-    Differentiable twice, in features and basis. Beyond arguments and results it holds at most 16 MiB on the CPU. Raises
+    Differentiable twice, in features and basis. The projections [N, r] are never stored. Raises
     TypeError or ValueError for an argument of the wrong kind or shape.
     """
     check_matrix(features, "features")
     check_floating(basis, "basis")
     if basis.dim() != 2 or basis.shape[0] != features.shape[1]:
         raise ValueError(f"basis: expected [{features.shape[1]}, r] for features of that size, got {list(basis.shape)}")
+    if features.dtype == torch.float64 and basis.dtype == torch.float32:
+        basis = basis.double()  # orthonormal_basis gives float32
     if basis.dtype != score_dtype(features):
         check_beside(basis, "basis", features, "features")
     check_beside(basis, "basis", features, "features", dtype=False)

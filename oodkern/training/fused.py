@@ -43,7 +43,7 @@ def check_fused_head(model: Classifier, losses: Iterable[nn.Module], images: Ten
     with torch.no_grad():
         bias = None if head.bias is None else head.bias.abs()
         off = (logits - linear(features, head.weight, head.bias)).abs()
-        if (off > TOLERANCE * linear(features.abs(), head.weight.abs(), bias)).any():
+        if not (off <= TOLERANCE * linear(features.abs(), head.weight.abs(), bias)).all():  # a NaN is off, too
             raise ConfigError(
                 f"head: fused needs a model whose logits are the output of {model.head_name}; "
                 f"they differ from features @ weight.T + bias by up to {off.max():.3g}; use full"

@@ -1,7 +1,7 @@
 """What kernels share on the device: tiles of a product that is never stored, and the functions that consume them.
 
 A matrix operand is a pointer to its first element, or a tensor descriptor of its tiles where DESCRIPTORS is set (see
-`_host.Operands`); the kernels are the same. Offsets inside a tile are 32 bits wide, the row that a tile starts at is
+`_host.operand`); the kernels are the same. Offsets inside a tile are 32 bits wide, the row that a tile starts at is
 multiplied by the stride in 64 bits. Scores are computed in powers of two, exp(z / T) = 2^(z log2(e) / T): `scale` is
 log2(e) / T.
 """

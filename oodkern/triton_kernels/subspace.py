@@ -31,7 +31,7 @@ from oodkern.triton_kernels._host import (
 from oodkern.triton_kernels._rows import filling_rows, gradient_rows, reciprocal_norms, row_dot, scale_rows
 from oodkern.triton_kernels.subspace_kernels import alignment_kernel, residual_kernel, sign_kernel
 
-# Waves of the energies take half of what others may: subspace_energy promises 16 MiB.
+# Waves of the energies take half of what those of slopes may: theirs have [wave, D] in float32 as well.
 HALF = 2
 
 

@@ -32,7 +32,11 @@ def test_rejects():
         (ValueError, r"head_weight: expected \[K, 5\] as features are, got \[7, 3\]", (x, w[:, :3], b, target, N)),
         (TypeError, "head_weight: expected float64 as features are, got float32", (x, w.float(), b, target, N)),
         (ValueError, "head_weight: expected on cpu, where features are, got meta", (x, w.to("meta"), b, target, N)),
-        (ValueError, r"head_bias: expected \[7\] as head_weight has rows, got \[6\]", (x, w, b[:6], target, N)),
+        (
+            ValueError,
+            r"head_bias: expected \[7\], one number a row of head_weight, got \[6\]",
+            (x, w, b[:6], target, N),
+        ),
         (TypeError, "head_bias: expected float64 as features are", (x, w, b.float(), target, N)),
         (TypeError, "n_id: expected an integer or None, got float", (x, w, b, target, 9.0)),
         (TypeError, "n_id: expected an integer or None, got bool", (x, w, b, target, True)),

@@ -10,7 +10,8 @@ from oracle import in_float64, like, value_and_gradients
 import oodkern
 from oodkern import reference
 
-SIZES = [(5, 3, 4), (7, 33, 12), (4, 1, 1), (64, 100, 257), (300, 65, 1100), (33, 64, 100)]
+# More rows than a wave has with any number of threads; more features than a block of a product is deep.
+SIZES = [(5, 3, 4), (7, 33, 12), (4, 1, 1), (64, 100, 257), (300, 65, 1100), (4200, 3, 5), (9, 1100, 6), (33, 64, 100)]
 SQUARE = [(5, 3, 5), (7, 33, 7), (1, 4, 1), (257, 100, 257), (1100, 65, 1100), (100, 64, 100)]
 
 
@@ -249,3 +250,17 @@ def test_the_product_is_formed_once_for_the_value_and_once_for_all_gradients():
         before = count()
         torch.autograd.grad(value, (q, k), like(value))
         assert count() - before == 3 * N * N * D
+
+
+def test_key_gradients_by_slice():
+    """16-bit sums of 9 MB are added up slice by slice: each tile is formed twice, and counts once for T."""
+    q, k, temperature = torch.randn(1500, 700).half(), torch.randn(6500, 700).half(), torch.tensor(0.3)
+
+    def loss(function):
+        return lambda q, k, t: function(q, k, target_of(q, k), t)
+
+    ours = value_and_gradients(loss(oodkern.info_nce), [q, k, temperature])
+    exact = in_float64(loss(reference.info_nce), [q, k, temperature])
+    for a, b, tolerance in zip(ours, exact, (1e-5, 2e-3, 2e-3, 1e-4), strict=True):
+        assert ((a.double() - b).abs().max() / b.abs().max()) < tolerance
+    assert ((ours[2].double() * k.double()).sum(1).abs() < 2e-3 * exact[2].norm(dim=1) * k.double().norm(dim=1)).all()

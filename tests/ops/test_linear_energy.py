@@ -15,7 +15,9 @@ def head(N, D, K):
     return (N, D), (K, D), (K,)
 
 
-SHAPES = [head(5, 3, 4), head(7, 33, 12), head(4, 1, 1), head(64, 100, 257), head(300, 65, 1100), head(33, 64, 100)]
+# More rows than a wave has with any number of threads; more features than a block of a product is deep.
+SHAPES = [head(5, 3, 4), head(7, 33, 12), head(4, 1, 1), head(64, 100, 257), head(300, 65, 1100), head(4200, 3, 5)]
+SHAPES += [head(9, 1100, 6), head(33, 64, 100)]
 
 
 def largest_logit(x, w, b=None):
@@ -136,6 +138,22 @@ class TestEdges:
         torch.testing.assert_close(oodkern.linear_energy(x, w, one), -logit, rtol=1e-5, atol=1e-5)
         assert (oodkern.linear_joint_energy(x, w, nothing) == 0).all()
 
+    def test_the_first_nan_is_the_largest(self, dtype, backend):
+        """As torch.argmax has it, in whichever slice of classes it is."""
+        x, w = torch.randn(3, 4).to(dtype), torch.randn(2500, 4).to(dtype)
+        for first in (700, 1400):
+            w[first] = torch.nan
+            w[2100] = torch.nan
+            assert oodkern.linear_scores(x, w).argmax.tolist() == [first] * 3
+            w[first] = 0
+        assert oodkern.linear_scores(x * torch.nan, w).argmax.tolist() == [0] * 3
+
+    def test_float64_stays_under_autocast(self, dtype, backend):
+        x, w = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+        expected = oodkern.linear_energy(x, w)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(oodkern.linear_energy(x, w), expected)
+
     def test_plus_infinity_and_nan_in_the_bias(self, dtype, backend):
         x, w = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype)
         b = torch.zeros(5, dtype=dtype)
@@ -236,3 +254,20 @@ def test_mean_reductions_over_many_rows_do_not_underflow():
     leaf = w.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(reference.linear_energy(x.double(), leaf), leaf, torch.full((2000,), 1e-7).double())
     assert ((gradient.double() - exact).abs() <= 1e-3 * exact.abs() + 6e-8).all()
+
+
+def test_workspace_of_wide_sixteen_bit_features():
+    """Features, cotangents and sums are widened by the wave: all of it counts."""
+    bar = TestLinearEnergy()
+    held = bar._held([t.requires_grad_() for t in bar.op.inputs(head(3000, 1024, 1200), torch.float16)])
+    assert max(held) <= 16 << 20, held
+
+
+@pytest.mark.parametrize("shapes", [((3, 0, 4), (5, 4)), ((3, 2, 0), (5, 0)), ((3, 2, 4), (0, 4))])
+@pytest.mark.parametrize("function", [oodkern.linear_energy, oodkern.alignment])
+def test_vmap_of_nothing(function, shapes):
+    """Batches of no rows, no features, no classes."""
+    x, w = (torch.randn(shape) for shape in shapes)
+    gradient = torch.func.vmap(torch.func.grad(lambda x, w: function(x, w).sum()), in_dims=(0, None))(x, w)
+    assert gradient.shape == x.shape
+    assert (gradient == 0).all()

@@ -19,7 +19,8 @@ def basis(N, D, K):
     return (N, D), (D, K)
 
 
-SIZES = [(5, 3, 4), (7, 33, 12), (4, 1, 1), (64, 100, 257), (300, 65, 1100), (33, 64, 100)]
+# More rows than a wave has with any number of threads.
+SIZES = [(5, 3, 4), (7, 33, 12), (4, 1, 1), (64, 100, 257), (300, 65, 1100), (4200, 7, 3), (33, 64, 100)]
 
 
 def raw_alignment():
@@ -146,6 +147,12 @@ def test_sixteen_bit_features_and_a_float32_basis():
         torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=1e-6)
     gradients = torch.autograd.grad(value, (x, u), [like(v) for v in value])
     assert [g.dtype for g in gradients] == [torch.float16, torch.float32]
+    wide = x.detach().double()  # orthonormal_basis gives float32, whatever the features are
+    for ours, oracle in zip(oodkern.subspace_energy(wide, u.detach()), exact, strict=True):
+        torch.testing.assert_close(ours, oracle.detach())
+    for features, basis in ((x.detach().float(), u.detach().double()), (wide, u.detach().float())):
+        with pytest.raises(RuntimeError, match="basis: expected the dtype of features or of scores"):
+            torch.ops.oodkern.subspace_energy(features, basis)
     with pytest.raises(TypeError, match="basis: expected bfloat16 as features are, got float16"):
         oodkern.subspace_energy(torch.randn(3, 16).bfloat16(), u.detach().half())
 
@@ -220,3 +227,16 @@ class TestOrthonormalBasis:
         with pytest.raises(ValueError, match=r"weight: expected \[K, D\], got \[4\]"):
             oodkern.orthonormal_basis(w[:, 0])
         assert not oodkern.orthonormal_basis(w.requires_grad_()).requires_grad
+
+
+def test_weight_gradients_by_slice():
+    """16-bit sums of 9 MB are added up slice by slice, and their part along the weights taken out all the same."""
+    x, w = torch.randn(1500, 700).half(), torch.randn(6500, 700).half()
+    leaf = w.clone().requires_grad_()
+    value = oodkern.alignment(x, leaf)
+    (gradient,) = torch.autograd.grad(value, leaf, like(value))
+    exact = w.double().requires_grad_()
+    (oracle,) = torch.autograd.grad(reference.alignment(x.double(), exact), exact, like(value).double())
+    assert ((gradient.double() - oracle).abs().max() / oracle.abs().max()) < 1e-2  # signs of cosines near 0
+    along = (gradient.double() * w.double()).sum(1) / w.double().norm(dim=1) / oracle.norm(dim=1)
+    assert along.abs().max() < 2e-2

@@ -23,7 +23,7 @@ void narrow_row(Storage to, const void* source, int64_t count, void* target) {
   });
 }
 
-// Squares are added up in double, a block at a time: a norm is then exact to the rounding of its own.
+// Squares are added up in double: a norm is then exact to the rounding of its own.
 double square_sum(Storage storage, const void* row, int64_t count) {
   double total = 0;
   with_storage(storage, [&](auto stored, auto) {
@@ -72,7 +72,7 @@ void affine(const Tile& tile, const void* row_scale, const void* column_scale, c
       const Real r = row_scale ? reals<Real>(row_scale)[row] : Real(1);
       if (c) {
 #pragma omp simd
-        for (int64_t k = 0; k < tile.columns; ++k) z[k] = z[k] * (r * c[k]);
+        for (int64_t k = 0; k < tile.columns; ++k) z[k] = z[k] * r * c[k];  // r c alone may leave the range
       } else if (row_scale) {
 #pragma omp simd
         for (int64_t k = 0; k < tile.columns; ++k) z[k] *= r;
@@ -125,11 +125,20 @@ void best(const Tile& tile, int64_t first_column, Best* best) {
       for (int64_t at = 0; at < tile.columns; at += kBlock) {
         const int64_t size = block_size(tile.columns, at);
         Real maximum = -Math::infinity();
-#pragma omp simd reduction(max : maximum)
-        for (int64_t k = 0; k < size; ++k) maximum = Arg::pivot(z[at + k], maximum);
-        if (state.index >= 0 && !(maximum > state.maximum)) continue;
+        int unordered = 0;
+#pragma omp simd reduction(max : maximum) reduction(| : unordered)
+        for (int64_t k = 0; k < size; ++k) {
+          maximum = Arg::pivot(z[at + k], maximum);
+          unordered |= z[at + k] != z[at + k];
+        }
+        if (state.maximum != state.maximum) break;  // the first NaN is the largest, as it is for torch.argmax
+        if (!unordered && state.index >= 0 && !(maximum > state.maximum)) continue;
         int64_t k = 0;
-        while (k + 1 < size && z[at + k] != maximum) ++k;
+        while (unordered ? z[at + k] == z[at + k] : z[at + k] != maximum) ++k;
+        if (unordered) {
+          state = {z[at + k], first_column + at + k};
+          break;
+        }
         state = Arg::merge(state, {maximum, first_column + at + k});
       }
       best[row] = {double(state.maximum), state.index};
