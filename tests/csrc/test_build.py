@@ -149,5 +149,7 @@ def test_what_was_built():
     assert "++" in _build.compiler or "clang" in _build.compiler
     assert "-O3" in _build.flags
     assert _build.instruction_sets == list(native_build.INSTRUCTION_SETS)
-    assert _native.instruction_sets() == _build.instruction_sets[: len(_native.instruction_sets())]
+    # Two more are the last of these with another product of bfloat16 matrices.
+    found = [name for name in _native.instruction_sets() if name not in ("avx512_bf16", "amx")]
+    assert found == _build.instruction_sets[: len(found)]
     assert (_build.cuda_version is None) == bool(_build.cuda_reason)
