@@ -13,8 +13,8 @@
 
 namespace oodkern {
 
-// What a walk holds beyond arguments, results and gradients: not in it are matrices whose rows are not dense and have to
-// be copied, and what a product packs for each thread.
+// What a walk holds beyond arguments, results and gradients: not in it are matrices whose rows are not dense and have
+// to be copied, and what a product packs for each thread.
 constexpr int64_t kWorkspaceBytes = int64_t(15) << 20;
 
 // Memory of PyTorch's allocator, given back with the object.
