@@ -238,7 +238,6 @@ void Walk::visit(const Place& p, const Visit& on_rows, const Visit& on_columns) 
 void Walk::run(Workspace& workspace, const Visit& on_rows, const Visit& on_columns) {
   const int64_t N = x.rows(), K = w.rows();
   allocate(workspace);
-  if (dx && direct(*dx)) prefer_large_pages(dx->result.mutable_data_ptr(), N * x.columns() * real());
   const int64_t waves = std::max<int64_t>(1, (N + wave_ - 1) / wave_);
   const int64_t slices = std::max<int64_t>(1, (K + slice_ - 1) / slice_);
   const auto place = [&](int64_t wave, int64_t slice, bool copy_x, bool copy_w, bool again = false) {

@@ -9,7 +9,6 @@
 #include "../stable.h"
 #include "blas.h"
 #include "dispatch.h"
-#include "pages.h"
 
 namespace oodkern {
 
