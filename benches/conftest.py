@@ -47,7 +47,9 @@ def pytest_terminal_summary(terminalreporter, config):
         goal = f", aimed for {row.target:g}" if row.target else ""
         write(f"\n{row.room}: {row.case} {shape} {row.dtype}: {row.ratio:.2f} times faster than eager{goal}")
         for name, median in row.milliseconds.items():
-            memory = f"{row.megabytes[name]:9.1f} MB, {row.beyond[name]:9.1f} without results" if row.beyond else ""
+            memory = f"{row.megabytes[name]:9.1f} MB"
+            if row.beyond:
+                memory += f", {row.beyond[name]:9.1f} without results"
             write(f"  {name:<14} {median:9.2f} ms {memory}   error {row.error[name]:.1e}")
         for name, why in row.skipped.items():
             write(f"  {name:<14} skipped: {why}")
