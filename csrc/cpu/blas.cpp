@@ -7,8 +7,8 @@
 #include <atomic>
 
 #include "../stable.h"
-#include "bfloat16.h"
 #include "dispatch.h"
+#include "packed.h"
 
 namespace oodkern {
 namespace {
@@ -60,6 +60,11 @@ void fortran(Gemm<Real> gemm, const Multiply& p) {
        &ldb, static_cast<const Real*>(p.a.data), &lda, &keep, static_cast<Real*>(p.out), &ldc);
 }
 
+void add_bias(const Multiply& p) {
+  const Tile out{p.storage == Storage::kFloat64, p.M, p.N, p.out, p.out_stride};
+  if (p.bias) tile_engine().affine(out, nullptr, nullptr, p.bias);
+}
+
 GemmBFloat16 gemm_bfloat16() {
   static const auto found = reinterpret_cast<GemmBFloat16>(symbol("cblas_gemm_bf16bf16f32"));
   return found;
@@ -71,27 +76,32 @@ void bfloat16(const Multiply& p) {
                   int(p.N), int(p.depth), 1.0f, static_cast<const uint16_t*>(p.a.data), int(p.a.stride),
                   static_cast<const uint16_t*>(p.b.data), int(p.b.stride), p.accumulate ? 1.0f : 0.0f,
                   static_cast<float*>(p.out), int(p.out_stride));
+  add_bias(p);
 }
 
 }  // namespace
 
 // MKL's product uses the matrix units (AMX), and without them is no faster than float32's.
-BFloat16Product bfloat16_product_of_blas() {
+Product bfloat16_product_of_blas() {
   return has_matrix_units() && gemm_bfloat16() ? bfloat16 : nullptr;
 }
 
 bool has_bfloat16_products() {
-  return bfloat16_product() != nullptr;
+  return product_of(Storage::kBFloat16) != nullptr;
 }
 
 void multiply(const Multiply& p) {
   if (p.M == 0 || p.N == 0) return;
   done += p.M * p.N * p.depth;
-  if (p.storage == Storage::kBFloat16) return bfloat16_product()(p);
+  if (const Product own = product_of(p.storage)) return own(p);
   static const auto single = reinterpret_cast<Gemm<float>>(symbol("sgemm_"));
   static const auto twice = reinterpret_cast<Gemm<double>>(symbol("dgemm_"));
-  if (p.storage == Storage::kFloat64) return twice && p.depth ? fortran(twice, p) : plain<double>(p);
-  return single && p.depth ? fortran(single, p) : plain<float>(p);
+  if (p.storage == Storage::kFloat64) {
+    twice&& p.depth ? fortran(twice, p) : plain<double>(p);
+  } else {
+    single&& p.depth ? fortran(single, p) : plain<float>(p);
+  }
+  add_bias(p);
 }
 
 }  // namespace oodkern

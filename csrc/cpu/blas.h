@@ -14,7 +14,7 @@ struct Matrix {
 // Whether products of bfloat16 matrices, accumulated in float32, are fast here: elsewhere they are widened first.
 bool has_bfloat16_products();
 
-// out [M, N] (+)= A B, row by row in memory, with A [M, depth] ([depth, M] where transposed) and B [depth, N]
+// out [M, N] (+)= A B + bias, row by row in memory, with A [M, depth] ([depth, M] where transposed) and B [depth, N]
 // ([N, depth]). `storage` is that of A and B: float64 gives float64, float32 and bfloat16 give float32.
 struct Multiply {
   Storage storage;
@@ -25,11 +25,11 @@ struct Multiply {
   void* out;
   int64_t out_stride;
   bool accumulate;
+  const void* bias = nullptr;  // [N] as out, or none
 };
 void multiply(const Multiply& product);
 
-// One of bfloat16 matrices.
-using BFloat16Product = void (*)(const Multiply&);
-BFloat16Product bfloat16_product_of_blas();  // null where it is slow or missing
+using Product = void (*)(const Multiply&);
+Product bfloat16_product_of_blas();  // null where it is slow or missing
 
 }  // namespace oodkern

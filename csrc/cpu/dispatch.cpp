@@ -1,7 +1,7 @@
 // The engines are compiled once per instruction set (see cpu/simd); the best one that the processor has
 // is chosen at load time. A test may choose another.
 #include "dispatch.h"
-#include "bfloat16.h"
+#include "packed.h"
 
 #include <atomic>
 #include <string>
@@ -31,8 +31,9 @@ struct InstructionSet {
   const char* name;
   RowEngine rows;
   const TileEngine* tiles;
-  BFloat16Product bfloat16;  // or null
-  bool supported;            // mirrors the compiler flags of the build
+  Product float32;   // or null, where the BLAS is faster
+  Product bfloat16;  // or null
+  bool supported;    // mirrors the compiler flags of the build
 };
 
 #if defined(OODKERN_X86_64)
@@ -45,15 +46,15 @@ bool has_avx512() {
 }
 #endif
 
-// Best last. The last two differ from AVX-512 in the product of bfloat16 matrices alone.
+// Best last. The last two differ from AVX-512 in products alone.
 const InstructionSet kSets[] = {
-    {"baseline", baseline::run_rows, &baseline::tile_engine, nullptr, true},
+    {"baseline", baseline::run_rows, &baseline::tile_engine, nullptr, nullptr, true},
 #if defined(OODKERN_X86_64)
-    {"avx2", avx2::run_rows, &avx2::tile_engine, nullptr, has_avx2()},
-    {"avx512", avx512::run_rows, &avx512::tile_engine, nullptr, has_avx512()},
-    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, multiply_bfloat16,
-     has_avx512() && has_bfloat16_dot_products()},
-    {"amx", avx512::run_rows, &avx512::tile_engine, bfloat16_product_of_blas(),
+    {"avx2", avx2::run_rows, &avx2::tile_engine, nullptr, nullptr, has_avx2()},
+    {"avx512", avx512::run_rows, &avx512::tile_engine, nullptr, nullptr, has_avx512()},
+    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, prefers_packed() ? multiply_float32 : nullptr,
+     multiply_bfloat16, has_avx512() && has_bfloat16_dot_products()},
+    {"amx", avx512::run_rows, &avx512::tile_engine, nullptr, bfloat16_product_of_blas(),
      has_avx512() && bfloat16_product_of_blas() != nullptr},
 #endif
 };
@@ -103,8 +104,9 @@ const TileEngine& tile_engine() {
   return *set_in_use().load()->tiles;
 }
 
-BFloat16Product bfloat16_product() {
-  return set_in_use().load()->bfloat16;
+Product product_of(Storage storage) {
+  const InstructionSet& set = *set_in_use().load();
+  return storage == Storage::kFloat32 ? set.float32 : storage == Storage::kBFloat16 ? set.bfloat16 : nullptr;
 }
 
 }  // namespace oodkern

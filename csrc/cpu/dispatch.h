@@ -9,6 +9,7 @@ namespace oodkern {
 
 RowEngine row_engine();
 const TileEngine& tile_engine();
-BFloat16Product bfloat16_product();  // null where bfloat16 is widened first
+// The one of this storage that is not left to the BLAS; null for bfloat16 where it is widened first.
+Product product_of(Storage storage);
 
 }  // namespace oodkern

@@ -13,14 +13,14 @@ struct Head {
   Operand x, w;
   bool wide;
   Workspace workspace;
-  char* bias = nullptr;  // [K] Real, or null
+  void* bias = nullptr;  // [K] Real, or null
 
   Head(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& b)
       : x(features, product_storage(storage_of(features))),
         w(weight, x.read()),
         wide(x.read() == Storage::kFloat64),
         workspace(features) {
-    if (b) bias = static_cast<char*>(row_of(*b));
+    if (b) bias = row_of(*b);
   }
   // One row of numbers as Real, dense.
   void* row_of(const Tensor& tensor) {
@@ -34,7 +34,6 @@ struct Head {
     }
     return out;
   }
-  const void* bias_at(int64_t column) const { return bias ? bias + column * (wide ? 8 : 4) : nullptr; }
 };
 
 struct Kind {
@@ -69,11 +68,11 @@ Tensor linear_score(std::string score, const Tensor& features, const Tensor& wei
   const int64_t K = weight.size(0);
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
   Walk walk(head.x, head.w);
+  walk.bias = head.bias;
   walk.plan();
   std::vector<RowState> states(walk.wave());
   walk.run(head.workspace, [&](const Part& part) {
     RowState* state = states.data() + part.wave_row;
-    if (head.bias) tile_engine().affine(part.z, nullptr, nullptr, head.bias_at(part.column));
     if (part.column == 0) tile_engine().begin(kind.reduce, part.z.rows, state);
     tile_engine().reduce(part.z, kind.reduce, state);
     if (part.column + part.z.columns == K) {
@@ -119,13 +118,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, cons
   Head head(features, weight, bias);
   Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
   Walk walk(head.x, head.w);
+  walk.bias = head.bias;
   wanted.into(walk, for_features, for_weight);
   const Column upstream = as_column(grad), saved = as_column(value);
   walk.plan();
   walk.run(head.workspace, [&](const Part& part) {
     const auto reduced = reals_of(head.wide, saved, part.row, part.z.rows, kind.sign);
     const auto scale = reals_of(head.wide, upstream, part.row, part.z.rows, kind.sign);
-    if (head.bias) tile_engine().affine(part.z, nullptr, nullptr, head.bias_at(part.column));
     tile_engine().slope(part.z, kind.reduce, reduced.data(), scale.data());
   });
   wanted.finish_bias(head.wide);
@@ -151,20 +150,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_score_double_backward(
   std::optional<Operand> v, u;
   if (features_cotangent) v.emplace(*features_cotangent, head.x.read());
   if (weight_cotangent) u.emplace(*weight_cotangent, head.x.read());
-  const char* c = bias_cotangent ? static_cast<const char*>(head.row_of(*bias_cotangent)) : nullptr;
-  const int64_t real = head.wide ? 8 : 4, N = features.size(0);
+  const void* c = bias_cotangent ? head.row_of(*bias_cotangent) : nullptr;
+  const int64_t N = features.size(0);
   const Column upstream = as_column(grad), saved = as_column(value);
   Tensor grad_grad = empty_of(features, {N}, score_dtype(features));
 
-  const auto form = [&](const Part& part) {
-    if (head.bias) tile_engine().affine(part.z, nullptr, nullptr, head.bias_at(part.column));
-    if (c) tile_engine().affine(part.t, nullptr, nullptr, c + part.column * real);
+  const auto reduced_of = [&](const Part& part) {
     return reals_of(head.wide, saved, part.row, part.z.rows, kind.sign);
   };
   const auto second = [&](Walk& walk) {
     if (v) walk.v = &*v;
     if (u) walk.u = &*u;
     walk.second = true;
+    walk.bias = head.bias;
+    walk.bias_t = c;
   };
   // u = sum_k t slope, of which grad_grad holds sign u: complete before the first curvature is formed.
   std::vector<double> sums;
@@ -191,12 +190,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_score_double_backward(
     first.plan();
     Workspace workspace(features);
     sums.resize(first.wave());
-    first.run(workspace, [&](const Part& part) { total(part, form(part).data()); });
+    first.run(workspace, [&](const Part& part) { total(part, reduced_of(part).data()); });
   }
   if (gradients) {
     sums.resize(walk.wave());
     walk.run(head.workspace, [&](const Part& part) {
-      const auto reduced = form(part);
+      const auto reduced = reduced_of(part);
       const auto scale = reals_of(head.wide, upstream, part.row, part.z.rows, kind.sign);
       double* sum = sums.data() + part.wave_row;
       if (walk.whole_rows()) {
@@ -225,6 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
   Tensor energy = score(), joint = score(), largest = score(), msp = score();
   Tensor argmax = empty_of(features, {features.size(0)}, ScalarType::Long);
   Walk walk(head.x, head.w);
+  walk.bias = head.bias;
   walk.plan();
   std::vector<RowState> lse_states(walk.wave()), joint_states(walk.wave());
   std::vector<Best> best_states(walk.wave());
@@ -234,7 +234,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
     const int64_t rows = part.z.rows;
     RowState *of_lse = lse_states.data() + part.wave_row, *of_joint = joint_states.data() + part.wave_row;
     Best* best = best_states.data() + part.wave_row;
-    if (head.bias) engine.affine(part.z, nullptr, nullptr, head.bias_at(part.column));
     if (part.column == 0) {
       engine.begin(lse, rows, of_lse);
       engine.begin(softplus, rows, of_joint);

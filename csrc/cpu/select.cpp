@@ -17,21 +17,20 @@ std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& 
   const Operand x(features, product_storage(storage_of(features))), c(centers, x.read());
   const bool wide = x.read() == Storage::kFloat64;
   Workspace workspace(features);
-  char* half_norms = static_cast<char*>(workspace.take(K * 8));
+  void* half_norms = workspace.take(K * 8);
   for (int64_t k = 0; k < K; ++k) {
     const double half = -0.5 * tile_engine().square_sum(c.stored(), c.row(k), c.columns());
-    wide ? void(reinterpret_cast<double*>(half_norms)[k] = half)
-         : void(reinterpret_cast<float*>(half_norms)[k] = float(half));
+    wide ? void(static_cast<double*>(half_norms)[k] = half) : void(static_cast<float*>(half_norms)[k] = float(half));
   }
   Tensor index = empty_of(features, {features.size(0)}, ScalarType::Long);
   Tensor distance = empty_of(features, {features.size(0)}, score_dtype(features));
   Walk walk(x, c);
+  walk.bias = half_norms;
   walk.plan();
   std::vector<Best> states(walk.wave());
   walk.run(workspace, [&](const Part& part) {
     Best* best = states.data() + part.wave_row;
     if (part.column == 0) std::fill(best, best + part.z.rows, Best{-INFINITY, -1});
-    tile_engine().affine(part.z, nullptr, nullptr, half_norms + part.column * (wide ? 8 : 4));
     tile_engine().best(part.z, part.column, best);
     if (part.column + part.z.columns < K) return;
     for (int64_t i = 0; i < part.z.rows; ++i) {

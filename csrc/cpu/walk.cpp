@@ -142,21 +142,24 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
     return operand.block(p.row + first, count, own, !p.copy_x);
   };
   const Matrix xs = rows_of(x, x_), ws = w.block(p.column, p.columns, w_, true);
+  const auto real_of = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
   const Part part{
       p.row + first, first, p.column, tile(z_, first, count, 0, p.columns), tile(t_, first, count, 0, p.columns),
       p.again};
-  multiply({x.read(), false, true, count, p.columns, D, xs, ws, part.z.z, stride_, false});
+  multiply({x.read(), false, true, count, p.columns, D, xs, ws, part.z.z, stride_, false, real_of(bias)});
   Matrix vs{}, us{};
   if (second) {
-    const bool zero = !v && !u;
-    for (int64_t i = 0; i < count && zero; ++i) std::memset(at(part.t.z, i * stride_ * real()), 0, p.columns * real());
     if (v) {
       vs = rows_of(*v, v_);
-      multiply({x.read(), false, true, count, p.columns, D, vs, ws, part.t.z, stride_, false});
+      multiply({x.read(), false, true, count, p.columns, D, vs, ws, part.t.z, stride_, false, real_of(bias_t)});
+    }
+    for (int64_t i = 0; i < count && !v; ++i) {
+      void* row = at(part.t.z, i * stride_ * real());
+      bias_t ? std::memcpy(row, real_of(bias_t), p.columns * real()) : std::memset(row, 0, p.columns * real());
     }
     if (u) {
       us = u->block(p.column, p.columns, u_, true);
-      multiply({x.read(), false, true, count, p.columns, D, xs, us, part.t.z, stride_, v != nullptr});
+      multiply({x.read(), false, true, count, p.columns, D, xs, us, part.t.z, stride_, true});
     }
   }
   on_rows(part);

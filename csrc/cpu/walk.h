@@ -71,8 +71,8 @@ struct Part {
   int64_t row;       // the first, in the matrix
   int64_t wave_row;  // the first, in the wave
   int64_t column;    // the first class
-  Tile z;            // x w^T
-  Tile t;            // v w^T + x u^T, where there is a second tile
+  Tile z;            // x w^T + bias
+  Tile t;            // v w^T + x u^T + bias_t, where there is a second tile
   bool again;        // formed a second time, for dw alone: what is added up of tiles has been
 };
 
@@ -89,6 +89,8 @@ class Walk {
   // them.
   Gradient* dx = nullptr;
   Gradient* dw = nullptr;
+  const void* bias = nullptr;    // [K] Real, added to z
+  const void* bias_t = nullptr;  // [K] Real, added to t
   double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
 
   // Sizes of tiles, from what was set above.
