@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "linear_score_double_backward(str score, Tensor? features_cotangent, Tensor? weight_cotangent, "
       "Tensor? bias_cotangent, Tensor grad, Tensor features, Tensor weight, Tensor? bias, Tensor value, "
       "float temperature, bool for_features, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_score_foreseen(str score, Tensor features, Tensor weight, Tensor? bias, float temperature, "
+      "Tensor linear, Tensor? hinge, Tensor? margin, bool for_features, bool for_weight, bool for_bias) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_scores(Tensor features, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Room `subspace`.

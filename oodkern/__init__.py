@@ -14,6 +14,7 @@ from typing import Any
 
 from oodkern.backends import backend, choose_backend
 from oodkern.ops import (
+    Upstream,
     alignment,
     energy,
     info_nce,
@@ -28,6 +29,7 @@ from oodkern.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "Upstream",
     "alignment",
     "backend",
     "choose_backend",

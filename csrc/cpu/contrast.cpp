@@ -93,15 +93,6 @@ struct Pair {
   }
 };
 
-double number(const Tensor& tensor, bool wide, int64_t i) {
-  const void* data = tensor.const_data_ptr();
-  return wide ? static_cast<const double*>(data)[i] : double(static_cast<const float*>(data)[i]);
-}
-void put(const Tensor& tensor, bool wide, int64_t i, double value) {
-  void* data = tensor.mutable_data_ptr();
-  wide ? void(static_cast<double*>(data)[i] = value) : void(static_cast<float*>(data)[i] = float(value));
-}
-
 std::tuple<Tensor, Tensor, Tensor> info_nce(const Tensor& queries, const Tensor& keys,
                                             const std::optional<Tensor>& target,
                                             const std::optional<Tensor>& query_labels,
@@ -146,13 +137,15 @@ std::tuple<Tensor, Tensor, Tensor> info_nce(const Tensor& queries, const Tensor&
     const auto direction = [&](double lse_of, double sum, double count) {
       return count == 0 ? 0.0 : lse_of - sum / count;
     };
-    double value = direction(number(row_lse, pair.wide, i), positive[i], labels ? pair.q_count[i] : 1.0);
+    double value =
+        direction(real_of(pair.wide, row_lse.const_data_ptr(), i), positive[i], labels ? pair.q_count[i] : 1.0);
     if (symmetric) {
-      const double other = labels ? direction(number(column_lse, pair.wide, i), column_positive[i], pair.k_count[i])
-                                  : number(column_lse, pair.wide, pair.target.data[i]) - positive[i];
+      const double other =
+          labels ? direction(real_of(pair.wide, column_lse.const_data_ptr(), i), column_positive[i], pair.k_count[i])
+                 : real_of(pair.wide, column_lse.const_data_ptr(), pair.target.data[i]) - positive[i];
       value = (value + other) / 2;
     }
-    put(loss, pair.wide, i, value);
+    put_real(pair.wide, loss.mutable_data_ptr(), i, value);
   }
   return {loss, row_lse, column_lse};
 }
@@ -219,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad, const T
   double total = 0;
   for (const double product : products) total += product;
   Tensor of_temperature = empty_of(queries, {}, score_dtype(queries));
-  put(of_temperature, pair.wide, 0, -total / pair.temperature);
+  put_real(pair.wide, of_temperature.mutable_data_ptr(), 0, -total / pair.temperature);
   return {of_queries.result, of_keys.result, of_temperature};
 }
 

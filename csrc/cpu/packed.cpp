@@ -161,26 +161,26 @@ OODKERN_PACKED void pack(const typename Unit::Number* from, int64_t stride, bool
   }
 }
 
-template <class Unit, int Rows>
+// Of a panel of B the first 16 * Vectors columns.
+template <class Unit, int Rows, int Vectors>
 OODKERN_PACKED void kernel(const uint32_t* a, const uint32_t* b, int64_t units, float* out, int64_t stride,
                            int64_t columns, const float* bias, bool accumulate) {
-  __m512 sum[Rows][3];
+  __m512 sum[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
-    for (int j = 0; j < 3; ++j) {
+    for (int j = 0; j < Vectors; ++j) {
       if (Unit::kPrefetch) _mm_prefetch(reinterpret_cast<const char*>(out + r * stride + 16 * j), _MM_HINT_T0);
       sum[r][j] = _mm512_setzero_ps();
     }
   }
   for (int64_t unit = 0; unit < units; ++unit, a += kRows, b += kColumns) {
-    const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 16), b2 = _mm512_loadu_si512(b + 32);
+    __m512i column[Vectors];
+    for (int j = 0; j < Vectors; ++j) column[j] = _mm512_loadu_si512(b + 16 * j);
     for (int r = 0; r < Rows; ++r) {
       const __m512i one = _mm512_set1_epi32(int(a[r]));
-      sum[r][0] = Unit::add(sum[r][0], one, b0);
-      sum[r][1] = Unit::add(sum[r][1], one, b1);
-      sum[r][2] = Unit::add(sum[r][2], one, b2);
+      for (int j = 0; j < Vectors; ++j) sum[r][j] = Unit::add(sum[r][j], one, column[j]);
     }
   }
-  for (int j = 0; j < 3; ++j) {
+  for (int j = 0; j < Vectors; ++j) {
     const __mmask16 mask = mask_of(std::max<int64_t>(columns - 16 * j, 0));
     const __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias + 16 * j) : _mm512_setzero_ps();
     for (int r = 0; r < Rows; ++r) {
@@ -192,9 +192,15 @@ OODKERN_PACKED void kernel(const uint32_t* a, const uint32_t* b, int64_t units, 
 }
 
 using Kernel = void (*)(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, int64_t, const float*, bool);
+template <class Unit, int Vectors>
+constexpr Kernel kOfRows[] = {kernel<Unit, 1, Vectors>, kernel<Unit, 2, Vectors>, kernel<Unit, 3, Vectors>,
+                              kernel<Unit, 4, Vectors>, kernel<Unit, 5, Vectors>, kernel<Unit, 6, Vectors>,
+                              kernel<Unit, 7, Vectors>, kernel<Unit, 8, Vectors>};
 template <class Unit>
-constexpr Kernel kKernels[] = {nullptr,         kernel<Unit, 1>, kernel<Unit, 2>, kernel<Unit, 3>, kernel<Unit, 4>,
-                               kernel<Unit, 5>, kernel<Unit, 6>, kernel<Unit, 7>, kernel<Unit, 8>};
+Kernel kernel_of(int64_t rows, int64_t columns) {
+  const int64_t r = std::min<int64_t>(kRows, rows) - 1;
+  return columns > 32 ? kOfRows<Unit, 3>[r] : columns > 16 ? kOfRows<Unit, 2>[r] : kOfRows<Unit, 1>[r];
+}
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -226,10 +232,10 @@ void multiply_packed(const Multiply& p) {
                              columns, depth, packed_b);
         for (int64_t j = 0; j < columns; j += kColumns) {
           for (int64_t i = 0; i < rows; i += kRows) {
-            kKernels<Unit>[std::min<int64_t>(kRows, rows - i)](
+            kernel_of<Unit>(rows - i, columns - j)(
                 packed_a + panel_at<kRows>(i, units), packed_b + panel_at<kColumns>(j, units), units,
                 out + (m + i) * p.out_stride + n + j, p.out_stride, columns - j,
-                bias&& block == 0 ? bias + n + j : nullptr, p.accumulate || block > 0);
+                bias && block == 0 ? bias + n + j : nullptr, p.accumulate || block > 0);
           }
         }
       }

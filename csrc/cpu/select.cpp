@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& 
   void* half_norms = workspace.take(K * 8);
   for (int64_t k = 0; k < K; ++k) {
     const double half = -0.5 * tile_engine().square_sum(c.stored(), c.row(k), c.columns());
-    wide ? void(static_cast<double*>(half_norms)[k] = half) : void(static_cast<float*>(half_norms)[k] = float(half));
+    put_real(wide, half_norms, k, half);
   }
   Tensor index = empty_of(features, {features.size(0)}, ScalarType::Long);
   Tensor distance = empty_of(features, {features.size(0)}, score_dtype(features));
@@ -37,8 +37,7 @@ std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& 
       const int64_t row = part.row + i;
       const double square = tile_engine().square_distance(x.stored(), x.row(row), c.row(best[i].index), x.columns());
       static_cast<int64_t*>(index.mutable_data_ptr())[row] = best[i].index;
-      wide ? void(static_cast<double*>(distance.mutable_data_ptr())[row] = square)
-           : void(static_cast<float*>(distance.mutable_data_ptr())[row] = float(square));
+      put_real(wide, distance.mutable_data_ptr(), row, square);
     }
   });
   return {index, distance};

@@ -6,6 +6,14 @@
 
 namespace oodkern {
 
+// Element i of numbers that are Real.
+inline double real_of(bool wide, const void* data, int64_t i) {
+  return wide ? static_cast<const double*>(data)[i] : double(static_cast<const float*>(data)[i]);
+}
+inline void put_real(bool wide, void* data, int64_t i, double value) {
+  wide ? void(static_cast<double*>(data)[i] = value) : void(static_cast<float*>(data)[i] = float(value));
+}
+
 // Rows of a tile: z [rows, columns] Real, `stride` apart.
 struct Tile {
   bool wide;

@@ -7,6 +7,9 @@
 namespace oodkern {
 namespace {
 
+// Rows of a tile that are worked on at once: their numbers stay in the second-level cache from one pass to the next.
+constexpr int64_t kRowsAtOnce = 32;
+
 char* at(void* data, int64_t bytes) {
   return static_cast<char*>(data) + bytes;
 }
@@ -80,6 +83,13 @@ void Walk::plan() {
     if (dw && !whole_) bytes += S * D * real();
     return bytes;
   };
+  if (prefers_whole_rows) {
+    // With fewer rows a thread, packing the weights anew for every wave takes more than forming a tile twice.
+    constexpr int64_t kFewest = 64;
+    int64_t rows = wave_;
+    while (needs(rows, K) > budget && rows > kFewest * threads()) rows = (rows + 1) / 2;
+    if (needs(rows, K) <= budget) wave_ = rows, slice_ = std::max<int64_t>(K, 1), whole_ = true;
+  }
   while (needs(wave_, slice_) > budget && (wave_ > 16 || slice_ > 16)) {
     int64_t& larger = wave_ > slice_ ? wave_ : slice_;
     larger = (larger + 1) / 2;
@@ -143,29 +153,30 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
   };
   const Matrix xs = rows_of(x, x_), ws = w.block(p.column, p.columns, w_, true);
   const auto real_of = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
-  const Part part{
-      p.row + first, first, p.column, tile(z_, first, count, 0, p.columns), tile(t_, first, count, 0, p.columns),
-      p.again};
-  multiply({x.read(), false, true, count, p.columns, D, xs, ws, part.z.z, stride_, false, real_of(bias)});
+  void* const z = at(z_, first * stride_ * real());
+  void* const t = second ? at(t_, first * stride_ * real()) : nullptr;
+  multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, real_of(bias)});
   Matrix vs{}, us{};
   if (second) {
     if (v) {
       vs = rows_of(*v, v_);
-      multiply({x.read(), false, true, count, p.columns, D, vs, ws, part.t.z, stride_, false, real_of(bias_t)});
+      multiply({x.read(), false, true, count, p.columns, D, vs, ws, t, stride_, false, real_of(bias_t)});
     }
     for (int64_t i = 0; i < count && !v; ++i) {
-      void* row = at(part.t.z, i * stride_ * real());
+      void* row = at(t, i * stride_ * real());
       bias_t ? std::memcpy(row, real_of(bias_t), p.columns * real()) : std::memset(row, 0, p.columns * real());
     }
     if (u) {
       us = u->block(p.column, p.columns, u_, true);
-      multiply({x.read(), false, true, count, p.columns, D, xs, us, part.t.z, stride_, true});
+      multiply({x.read(), false, true, count, p.columns, D, xs, us, t, stride_, true});
     }
   }
-  on_rows(part);
-  if (narrowed()) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t offset = (first + i) * stride_;
+  for (int64_t i = 0; i < count; i += kRowsAtOnce) {
+    const int64_t begin = first + i, rows = std::min(kRowsAtOnce, count - i);
+    on_rows({p.row + begin, begin, p.column, tile(z_, begin, rows, 0, p.columns), tile(t_, begin, rows, 0, p.columns),
+             p.again});
+    for (int64_t row = begin; row < begin + rows && narrowed(); ++row) {
+      const int64_t offset = row * stride_;
       tile_engine().narrow(Storage::kBFloat16, at(z_, offset * real()), p.columns, at(z16_, offset * 2));
       if (second) tile_engine().narrow(Storage::kBFloat16, at(t_, offset * real()), p.columns, at(t16_, offset * 2));
     }
@@ -282,11 +293,8 @@ std::vector<char> inverse_norms(const Operand& operand, int64_t first, int64_t c
 }
 
 std::vector<char> reals_of(bool wide, const Column& column, int64_t first, int64_t count, double factor) {
-  return reals(wide, count, [&](int64_t i) {
-    const int64_t offset = (first + i) * column.stride;
-    return factor * (wide ? static_cast<const double*>(column.data())[offset]
-                          : double(static_cast<const float*>(column.data())[offset]));
-  });
+  return reals(wide, count,
+               [&](int64_t i) { return factor * real_of(wide, column.data(), (first + i) * column.stride); });
 }
 
 }  // namespace oodkern

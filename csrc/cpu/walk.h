@@ -91,6 +91,8 @@ class Walk {
   Gradient* dw = nullptr;
   const void* bias = nullptr;    // [K] Real, added to z
   const void* bias_t = nullptr;  // [K] Real, added to t
+  // Rather all classes at once and fewer rows, where that is not too few and all sums fit.
+  bool prefers_whole_rows = false;
   double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
 
   // Sizes of tiles, from what was set above.
@@ -130,8 +132,7 @@ template <class Number>
 std::vector<char> reals(bool wide, int64_t count, Number&& number) {
   std::vector<char> out(count * (wide ? 8 : 4));
   for (int64_t i = 0; i < count; ++i) {
-    wide ? void(reinterpret_cast<double*>(out.data())[i] = number(i))
-         : void(reinterpret_cast<float*>(out.data())[i] = float(number(i)));
+    put_real(wide, out.data(), i, number(i));
   }
   return out;
 }

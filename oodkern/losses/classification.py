@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from oodkern.losses._slopes import Slopes
 from oodkern.losses.base import OutlierLoss, Terms
 from oodkern.losses.logits import Logits
 
@@ -23,3 +24,6 @@ class ClassificationLoss(OutlierLoss):
 
     def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
         return {}
+
+    def slopes(self, classes: int) -> tuple[Slopes, Slopes]:
+        return self.classification_slope(classes), {}

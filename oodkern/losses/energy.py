@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from oodkern.losses._checks import check_non_negative
+from oodkern.losses._slopes import Slope, Slopes
 from oodkern.losses.base import OutlierLoss, Terms
 from oodkern.losses.logits import Logits
 from oodkern.ops._checks import check_temperature
@@ -71,6 +72,14 @@ class EnergyLoss(OutlierLoss):
 
     def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
         return {"energy_out": (self.alpha, self.hinge(self.margin_out - self.tempered(logits), skip))}
+
+    def slopes(self, classes: int) -> tuple[Slopes, Slopes]:
+        # The energy that the margins speak of is -J in multi-label tasks: hinges and margins of J have the other sign.
+        key, sign = (("joint_energy", 1.0), -1.0) if self.multi_label else (("energy", self.temperature), 1.0)
+        known = dict(self.classification_slope(classes))
+        linear = known.get(key, Slope()).linear
+        known[key] = Slope(linear, sign * self.alpha, sign * self.margin_in)
+        return known, {key: Slope(0.0, -sign * self.alpha, sign * self.margin_out)}
 
     def extra_repr(self) -> str:
         return (

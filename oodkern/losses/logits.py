@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from oodkern import reference
 from oodkern.losses._selection import Select
-from oodkern.ops import energy, joint_energy, linear_energy, linear_joint_energy
+from oodkern.losses._slopes import Key
+from oodkern.ops import Upstream, energy, joint_energy, linear_energy, linear_joint_energy
 from oodkern.ops._checks import score_dtype
 
 
@@ -104,14 +107,17 @@ class FusedLogits(Logits):
     def __init__(self, features: Tensor, head: Head, target: Tensor | None = None) -> None:
         super().__init__()
         self.features, self.head, self.classes = features, head, len(head.weight)
+        self.foreseen: Mapping[Key, Upstream] = {}
         self._chosen = None
         if target is not None and (target.dim() == 2 or self.classes):
             self._chosen = head.select(features, target if target.dim() == 2 else target.long().clamp_min(0))
 
     def form(self, score: str, temperature: float) -> Tensor:
+        # Without any, nothing is looked up: under torch.compile a temperature may be symbolic.
+        upstream = self.foreseen.get((score, temperature)) if self.foreseen else None
         if score == "energy":
-            return linear_energy(self.features, self.head.weight, self.head.bias, temperature)
-        return linear_joint_energy(self.features, self.head.weight, self.head.bias)
+            return linear_energy(self.features, self.head.weight, self.head.bias, temperature, upstream=upstream)
+        return linear_joint_energy(self.features, self.head.weight, self.head.bias, upstream=upstream)
 
     def chosen(self) -> Tensor:
         assert self._chosen is not None
@@ -131,6 +137,7 @@ class FusedPart(FusedLogits):
     def __init__(self, whole: FusedLogits, rows: slice, target: Tensor | None = None) -> None:
         super().__init__(whole.features[rows], whole.head, target)
         self.whole, self.rows, self.leads = whole, rows, target is None
+        self.foreseen = {key: upstream.rows(rows) for key, upstream in whole.foreseen.items()}
 
     def form(self, score: str, temperature: float) -> Tensor:
         shared = self.whole.score(score, temperature) if self.leads else self.whole.formed(score, temperature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from oodkern.losses._checks import check_non_negative
+from oodkern.losses._slopes import Slope, Slopes
 from oodkern.losses.base import OutlierLoss, Terms
 from oodkern.losses.logits import Logits
 
@@ -39,6 +40,10 @@ class OutlierExposureLoss(OutlierLoss):
             return {"oe": (self.alpha, logits.joint_energy() / max(logits.classes, 1))}
         mean = logits.mean()
         return {"oe": (self.alpha, -logits.energy() - mean)}
+
+    def slopes(self, classes: int) -> tuple[Slopes, Slopes]:
+        known = self.classification_slope(classes)
+        return known, {key: Slope(self.alpha * slope.linear) for key, slope in known.items()}
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, reduction={self.reduction!r}, multi_label={self.multi_label}"

@@ -1,5 +1,6 @@
 """Differentiable functions over the kernels: level 1 of use. Everything here is also a name of `oodkern`."""
 
+from oodkern.ops._foreseen import Upstream
 from oodkern.ops.contrast import info_nce
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
@@ -7,6 +8,7 @@ from oodkern.ops.select import nearest_center
 from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 
 __all__ = [
+    "Upstream",
     "alignment",
     "energy",
     "info_nce",

@@ -24,7 +24,7 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
     """Shapes and dtypes of a raw op, for torch.compile, in every namespace that has it."""
     if not _native.missing["cpu"]:
         torch.library.register_fake(f"oodkern::{name}", fake)
-    if not triton_kernels.missing["cuda"]:
+    if not triton_kernels.missing["cuda"] and triton_kernels.has(name):
         torch.library.register_fake(f"{triton_kernels.NAMESPACE}::{name}", fake, lib=triton_kernels.LIBRARY)
 
 

@@ -28,6 +28,11 @@ OPS = {
 }
 
 
+def has(name: str) -> bool:
+    """Whether a raw op is among Triton's."""
+    return any(name in names for names in OPS.values())
+
+
 def _installed() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None

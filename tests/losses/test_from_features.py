@@ -226,9 +226,9 @@ def test_rows_go_through_the_head_once(monkeypatch, loss, passes):
     seen = []
 
     def counted(function):
-        def count(features, *rest):
+        def count(features, *rest, **options):
             seen.append(len(features))
-            return function(features, *rest)
+            return function(features, *rest, **options)
 
         return count
 
@@ -237,6 +237,36 @@ def test_rows_go_through_the_head_once(monkeypatch, loss, passes):
     tensors, target = batch(loss.multi_label)
     loss.from_features(*tensors, target, N)
     assert seen == passes
+
+
+@pytest.mark.parametrize("style", ["split", "mixed"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("loss", "passes"),
+    [
+        (EnergyLoss(margin_in=-3.0, margin_out=2.0), (N + M,)),
+        (EnergyLoss(margin_in=-3.0, margin_out=2.0, temperature=2.0), (N + M, N)),
+        (EnergyLoss(margin_in=-9.0, margin_out=-1.0, multi_label=True), (N + M,)),
+        (OutlierExposureLoss(), (N + M,)),
+        (OutlierExposureLoss(multi_label=True), (N + M,)),
+        (ClassificationLoss(), (N,)),
+        (ClassificationLoss(multi_label=True), (N,)),
+    ],
+)
+def test_gradients_are_formed_with_the_scores(loss, passes, reduction, style):
+    """The loss knows its slopes: three products a pass, where a reduction says what each row counts."""
+    tensors, target = batch(loss.multi_label, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    loss.reduction = reduction
+    before = torch.ops.oodkern.multiplications()
+    try:
+        value = calls(loss, target)[style][0](*leaves)
+    finally:
+        loss.reduction = "mean"
+    torch.autograd.grad(0.3 * value.sum(), leaves)
+    rows = sum(passes) if style == "split" else len(passes) * (N + M)
+    products = 4 if reduction == "none" else 3
+    assert torch.ops.oodkern.multiplications() - before == products * rows * K * D
 
 
 @pytest.mark.parametrize("multi", [False, True])

@@ -1,0 +1,123 @@
+// Room `linear_energy` on the CPU, what one pass over the logits gives: five scores, or a score and its gradients.
+#include <cmath>
+
+#include "linear_head.h"
+
+namespace oodkern {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& features, const Tensor& weight,
+                                                                 const std::optional<Tensor>& bias) {
+  check_head(features, weight, bias);
+  STD_TORCH_CHECK(weight.size(0) > 0, "weight: expected at least one class");
+  Head head(features, weight, bias);
+  const int64_t K = weight.size(0);
+  const auto score = [&] { return empty_of(features, {features.size(0)}, score_dtype(features)); };
+  Tensor energy = score(), joint = score(), largest = score(), msp = score();
+  Tensor argmax = empty_of(features, {features.size(0)}, ScalarType::Long);
+  Walk walk(head.x, head.w);
+  walk.bias = head.bias;
+  walk.plan();
+  std::vector<RowState> lse_states(walk.wave()), joint_states(walk.wave());
+  std::vector<Best> best_states(walk.wave());
+  const Reduce lse{Reduction::kLogSumExp, 1.0}, softplus{Reduction::kSoftplusSum, 1.0};
+  walk.run(head.workspace, [&](const Part& part) {
+    const TileEngine& engine = tile_engine();
+    const int64_t rows = part.z.rows;
+    RowState *of_lse = lse_states.data() + part.wave_row, *of_joint = joint_states.data() + part.wave_row;
+    Best* best = best_states.data() + part.wave_row;
+    if (part.column == 0) {
+      engine.begin(lse, rows, of_lse);
+      engine.begin(softplus, rows, of_joint);
+      std::fill(best, best + rows, Best{-INFINITY, -1});
+    }
+    engine.reduce(part.z, lse, of_lse);
+    engine.reduce(part.z, softplus, of_joint);
+    engine.best(part.z, part.column, best);
+    if (part.column + part.z.columns < K) return;
+    engine.finish(head.wide, lse, rows, of_lse, -1.0, real_at(energy, part.row));
+    engine.finish(head.wide, softplus, rows, of_joint, 1.0, real_at(joint, part.row));
+    for (int64_t i = 0; i < rows; ++i) {
+      static_cast<int64_t*>(argmax.mutable_data_ptr())[part.row + i] = best[i].index;
+      const double maximum = best[i].maximum;
+      put_real(head.wide, largest.mutable_data_ptr(), part.row + i, maximum);
+      // exp(maximum + low), without the rounding of an energy as large as the logits
+      put_real(head.wide, msp.mutable_data_ptr(), part.row + i, std::isfinite(maximum) ? 1 / of_lse[i].sum : NAN);
+    }
+  });
+  return {energy, joint, largest, argmax, msp};
+}
+
+// The gradients of sum_i linear_i S_i + |hinge_i| relu(+-(S_i - margin_i))^2, with the sign of hinge_i, beside the
+// scores S: the upstream of a row is known as soon as its score is, so that its logits are formed once, where those of
+// a wave are held for all classes.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
+    std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+    double temperature, const Tensor& linear, const std::optional<Tensor>& hinge, const std::optional<Tensor>& margin,
+    bool for_features, bool for_weight, bool for_bias) {
+  check_head(features, weight, bias);
+  check_per_row(linear, "linear", features);
+  STD_TORCH_CHECK(hinge.has_value() == margin.has_value(), "margin: expected with hinge, and only then");
+  if (hinge) check_per_row(*hinge, "hinge", features);
+  if (margin) check_per_row(*margin, "margin", features);
+  const Kind kind = kind_of(score, temperature);
+  Head head(features, weight, bias);
+  Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
+  Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
+  Tensor upstream = empty_of(features, {features.size(0)}, score_dtype(features));
+  const Column slopes = as_column(linear), hinges = as_column(hinge ? *hinge : linear),
+               margins = as_column(margin ? *margin : linear), values = as_column(value);
+  const auto number = [&](const Column& column, int64_t i) {
+    return real_of(head.wide, column.data(), i * column.stride);
+  };
+  const auto foresee = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double g = number(slopes, i);
+      if (hinge) {
+        const double h = number(hinges, i), off = number(values, i) - number(margins, i);
+        if (h != 0 && !(h * off <= 0)) g += 2 * std::fabs(h) * off;
+      }
+      put_real(head.wide, upstream.mutable_data_ptr(), i, g);
+    }
+  };
+  const auto form = [&](const Part& part, RowState* states) {
+    const TileEngine& engine = tile_engine();
+    RowState* state = states + part.wave_row;
+    if (part.column == 0) engine.begin(kind.reduce, part.z.rows, state);
+    engine.reduce(part.z, kind.reduce, state);
+    if (part.column + part.z.columns < weight.size(0)) return;
+    engine.finish(head.wide, kind.reduce, part.z.rows, state, kind.sign, real_at(value, part.row));
+    foresee(part.row, part.row + part.z.rows);
+  };
+  Walk walk(head.x, head.w);
+  walk.bias = head.bias;
+  walk.prefers_whole_rows = true;
+  wanted.into(walk, for_features, for_weight);
+  walk.plan();
+  const bool at_once = walk.whole_rows();
+  if (!at_once) {
+    Walk first(head.x, head.w);
+    first.bias = head.bias;
+    first.plan();
+    Workspace workspace(features);
+    std::vector<RowState> states(first.wave());
+    first.run(workspace, [&](const Part& part) { form(part, states.data()); });
+  }
+  std::vector<RowState> states(walk.wave());
+  walk.run(head.workspace, [&](const Part& part) {
+    if (at_once && !part.again) form(part, states.data());
+    const auto reduced = reals_of(head.wide, values, part.row, part.z.rows, kind.sign);
+    const auto scale = reals_of(head.wide, as_column(upstream), part.row, part.z.rows, kind.sign);
+    tile_engine().slope(part.z, kind.reduce, reduced.data(), scale.data());
+  });
+  wanted.finish_bias(head.wide);
+  return {value, upstream, wanted.features.result, wanted.weight.result, wanted.bias};
+}
+
+}  // namespace
+}  // namespace oodkern
+
+STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
+  m.impl("linear_scores", TORCH_BOX(&oodkern::linear_scores));
+  m.impl("linear_score_foreseen", TORCH_BOX(&oodkern::linear_score_foreseen));
+}

@@ -1,0 +1,141 @@
+"""Scores whose gradients are formed with them, for an upstream gradient that the caller foresees.
+
+A score does not know its upstream before the backward pass, and then forms its logits a second time: four products
+features @ weight.T for the score and both gradients. A loss that is a sum over rows knows what its slope in a score
+will be once the score is there, so that three products do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oodkern.ops._checks import score_dtype
+from oodkern.ops._linear_score import LinearScoreGradient
+from oodkern.ops._product import check_beside, raw, wanted
+
+
+class Upstream(NamedTuple):
+    """The slope that a loss will have in a score S: that of linear S + |hinge| relu(+-(S - margin))^2, times a factor.
+
+    The sign is the hinge's: positive hinges act above the margin, negative ones below it. Each is [N], in the dtype of
+    the score; the factor is the same for all rows, and need not be known. What comes back is compared with it: where
+    it is another one, gradients are formed anew, at the cost of two products more than without.
+    """
+
+    linear: Tensor
+    hinge: Tensor | None = None
+    margin: Tensor | None = None
+
+    def check(self, features: Tensor) -> None:
+        if (self.hinge is None) != (self.margin is None):
+            raise ValueError("upstream: expected hinge and margin together, got one of them")
+        dtype = score_dtype(features)
+        for name, value in self._asdict().items():
+            if value is None:
+                continue
+            if value.shape != features.shape[:1] or value.dtype != dtype:
+                raise ValueError(
+                    f"upstream.{name}: expected [{len(features)}] of {str(dtype).removeprefix('torch.')}, one number a "
+                    f"row of features, got {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+                )
+            check_beside(value, f"upstream.{name}", features, "features", dtype=False)
+
+    def detached(self) -> tuple[Tensor | None, ...]:
+        return tuple(value if value is None else value.detach() for value in self)
+
+    def rows(self, rows: slice) -> Upstream:
+        hinge, margin = (value if value is None else value[rows] for value in (self.hinge, self.margin))
+        return Upstream(self.linear[rows], hinge, margin)
+
+
+def can_foresee(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether gradients can be formed with the score, and may be asked for.
+
+    Not under torch.compile and torch.func, where an upstream cannot be looked at; nor in float16, whose gradients
+    would leave the range before the loss's scale is known.
+    """
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return (
+        backend == "native"
+        and wanted
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(tensor is None or tensor.dtype != torch.float16 for tensor in tensors)
+    )
+
+
+def factor_of(grad: Tensor, foreseen: Tensor, linear: Tensor, one_rounding: bool) -> float | None:
+    """The factor by which `grad` [N] is the foreseen upstream; None if it is not.
+
+    They may differ by roundings of their terms, linear and the rest. With `one_rounding`, for gradients that were
+    rounded to 16 bits already, a factor that would round them again is none.
+    """
+    a, b = grad.double(), foreseen.double()
+    square = float(b @ b)
+    if not math.isfinite(square):
+        return None
+    factor = float(a @ b) / square if square else 1.0
+    if not math.isfinite(factor):
+        return None
+    eps = 8 * torch.finfo(foreseen.dtype).eps
+    mantissa, exponent = math.frexp(factor)
+    if factor and min(abs(mantissa) - 0.5, 1 - abs(mantissa)) <= eps:
+        factor = math.copysign(math.ldexp(0.5 if abs(mantissa) < 0.75 else 1.0, exponent), factor)
+    elif factor and one_rounding:
+        return None
+    size = linear.abs().double() + (b - linear).abs()
+    return factor if bool(((a - factor * b).abs() <= eps * abs(factor) * size).all()) else None
+
+
+class ForeseenScore(torch.autograd.Function):
+    """Value, and what the backward pass needs; only the value is differentiable."""
+
+    @staticmethod
+    def forward(
+        score: str,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        linear: Tensor,
+        hinge: Tensor | None,
+        margin: Tensor | None,
+        for_features: bool,
+        for_weight: bool,
+        for_bias: bool,
+    ) -> tuple[Tensor, ...]:
+        tensors = (features, weight, bias, temperature, linear, hinge, margin)
+        return raw("native", "linear_score_foreseen", score, *tensors, for_features, for_weight, for_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.score, features, weight, bias, ctx.temperature, linear, *_ = inputs
+        value, upstream, *gradients = output
+        ctx.save_for_backward(features, weight, bias, value, upstream, linear)
+        ctx.mark_non_differentiable(upstream, *gradients)
+        ctx.set_materialize_grads(False)
+        # Handed out once, scaled in place; a second backward pass forms them anew.
+        ctx.gradients = gradients
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+        nothing = (None,) * 11
+        if grad is None:
+            return nothing
+        features, weight, bias, value, upstream, linear = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None and not torch.is_grad_enabled():
+            factor = factor_of(grad, upstream, linear, features.dtype == torch.bfloat16)
+            if factor is not None:
+                scaled = gradients if factor == 1.0 else [gradient.mul_(factor) for gradient in gradients]
+                return (None, *wanted(scaled, needs), *nothing[4:])
+        del gradients
+        tensors = (grad, features, weight, bias, value.detach(), ctx.temperature)
+        formed = LinearScoreGradient.apply("native", ctx.score, *tensors, *needs)
+        return (None, *wanted(formed, needs), *nothing[4:])
