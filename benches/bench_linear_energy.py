@@ -114,5 +114,6 @@ def test_linear_energy(name, case, dtype, benchmark, record, rounds):
     )
     record(row)
     benchmark.pedantic(contenders["oodkern"], rounds=1)
-    assert row.error["oodkern"] <= 2 * row.error["eager"] + 1e-6
+    # A float32 energy of 30 is rounded by 1e-6 of a softmax, which the gradients are made of.
+    assert row.error["oodkern"] <= 2 * row.error["eager"] + (1e-6 if case == "forward" else 3e-6)
     assert row.beyond["oodkern"] <= row.beyond["eager"] / 20
