@@ -16,6 +16,7 @@ from oodkern.backends import backend, choose_backend
 from oodkern.ops import (
     Upstream,
     alignment,
+    club,
     energy,
     info_nce,
     joint_energy,
@@ -24,6 +25,7 @@ from oodkern.ops import (
     linear_scores,
     nearest_center,
     orthonormal_basis,
+    pairwise_hinge,
     subspace_energy,
 )
 
@@ -33,6 +35,7 @@ __all__ = [
     "alignment",
     "backend",
     "choose_backend",
+    "club",
     "energy",
     "info_nce",
     "joint_energy",
@@ -44,6 +47,7 @@ __all__ = [
     "models",
     "nearest_center",
     "orthonormal_basis",
+    "pairwise_hinge",
     "reference",
     "subspace_energy",
 ]

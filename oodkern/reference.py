@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def autocasting(tensor: Tensor) -> bool:
@@ -154,6 +155,40 @@ def info_nce(
     picked = s.gather(1, target[:, None]).squeeze(1)
     rows = -energy(s) - picked
     return (rows + (-energy(s.T))[target] - picked) / 2 if symmetric else rows
+
+
+def club(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
+    """(1/N) sum_i sum_d [ (1/N) sum_j (y_jd - mean_id)^2 - (y_id - mean_id)^2 ] / (2 exp(log_variance_id)).
+
+    The pairs of rows i, j are not formed: the mean over j is v_d + (mean_id - ybar_d)^2, v the variance of the column.
+    """
+    mean, log_variance, target = widen(mean), widen(log_variance), widen(target)
+    center = target.detach().sum(0) / max(len(target), 1)
+    c = target - center
+    c, m = c - c.sum(0) / max(len(target), 1), mean - center - c.sum(0) / max(len(target), 1)
+    variance = c.square().sum(0) / max(len(target), 1)
+    return ((variance + c * (2 * m - c)) * (-log_variance).exp()).sum() / (2 * max(len(target), 1))
+
+
+def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> Tensor:
+    """(1 / NM) sum_ij relu(ood_j - id_i + margin), 0 where there is no pair.
+
+    In blocks of rows of the N x M pairs, each of which is formed again for its gradient.
+    """
+    id_score, ood_score = widen(id_score), widen(ood_score)
+    N, M = len(id_score), len(ood_score)
+    if N == 0 or M == 0:
+        return id_score.sum() + ood_score.sum()
+
+    def block(rows: Tensor) -> Tensor:
+        return (ood_score - rows[:, None] + margin).relu().sum()
+
+    size = max(1, (1 << 22) // M)
+    parts = [
+        checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) if N > size else block(rows)
+        for rows in id_score.split(size)
+    ]
+    return torch.stack(parts).sum() / (N * M)
 
 
 def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """Differentiable functions over the kernels: level 1 of use. Everything here is also a name of `oodkern`."""
 
 from oodkern.ops._foreseen import Upstream
+from oodkern.ops.club import club
 from oodkern.ops.contrast import info_nce
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
+from oodkern.ops.pairwise_hinge import pairwise_hinge
 from oodkern.ops.select import nearest_center
 from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 
 __all__ = [
     "Upstream",
     "alignment",
+    "club",
     "energy",
     "info_nce",
     "joint_energy",
@@ -18,5 +21,6 @@ __all__ = [
     "linear_scores",
     "nearest_center",
     "orthonormal_basis",
+    "pairwise_hinge",
     "subspace_energy",
 ]
