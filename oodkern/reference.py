@@ -178,7 +178,7 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
     id_score, ood_score = widen(id_score), widen(ood_score)
     N, M = len(id_score), len(ood_score)
     if N == 0 or M == 0:
-        return id_score.sum() + ood_score.sum()
+        return (ood_score - id_score[:, None]).sum()
 
     def block(rows: Tensor) -> Tensor:
         return (ood_score - rows[:, None] + margin).relu().sum()

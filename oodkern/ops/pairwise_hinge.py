@@ -36,7 +36,7 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
 
     Differentiable, in both scores; gradients have their dtype. A pair at the hinge itself, ood - id + margin = 0, has
     slope 0, as in torch.relu, so the second derivative is 0. The sign of a pair is that of exact arithmetic on the
-    scores for up to float32. A NaN, or an infinity less itself, makes the loss and all gradients NaN; an ood_score
+    scores for up to float32. A NaN, or an infinity less itself, makes the loss NaN, and the kernels' gradients too; an ood_score
     of +inf or an id_score of -inf makes the loss +inf and leaves the gradients what they are.
 
     O((N + M) log min(N, M)) time and O(N + M) memory, where the smaller set has fewer than 2^30 scores. Raises
