@@ -1,4 +1,4 @@
-"""The pairwise hinge against sorting in plain PyTorch and against all pairs: `pytest benches/bench_pairwise_hinge.py`."""
+"""The pairwise hinge against sorts in plain PyTorch and all pairs: `pytest benches/bench_pairwise_hinge.py`."""
 
 from functools import partial
 

@@ -63,6 +63,11 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
 
   // Room `select`.
   m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");
+  m.def("cluster_extremes(Tensor score, Tensor cluster, int clusters, int per_side) -> (Tensor, Tensor)");
+  // `values` and `indices` hold candidates; `state`: how many, whether number k - 1 is the worst of k, NaN so far.
+  m.def(
+      "top_k_update(Tensor scores, int offset, int k, bool largest, Tensor(a!) values, Tensor(b!) indices, "
+      "Tensor(c!) state) -> ()");
 
   // Multiply-adds that this process's CPU products have done so far.
   m.def("multiplications() -> int");

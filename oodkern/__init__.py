@@ -14,9 +14,11 @@ from typing import Any
 
 from oodkern.backends import backend, choose_backend
 from oodkern.ops import (
+    TopK,
     Upstream,
     alignment,
     club,
+    cluster_extremes,
     energy,
     info_nce,
     joint_energy,
@@ -31,11 +33,13 @@ from oodkern.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "TopK",
     "Upstream",
     "alignment",
     "backend",
     "choose_backend",
     "club",
+    "cluster_extremes",
     "energy",
     "info_nce",
     "joint_energy",

@@ -19,6 +19,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "club": {"cpu": ("native",), "cuda": ()},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
+    "extremes": {"cpu": ("native",), "cuda": ()},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }
 

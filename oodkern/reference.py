@@ -185,7 +185,7 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
 
     size = max(1, (1 << 22) // M)
     parts = [
-        checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) if N > size else block(rows)
+        checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) if size < N else block(rows)
         for rows in id_score.split(size)
     ]
     return torch.stack(parts).sum() / (N * M)
@@ -196,6 +196,34 @@ def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     x, c = widen(features), widen(centers)
     distance, index = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").square().min(-1)
     return index, distance
+
+
+def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: int = 1) -> tuple[Tensor, Tensor]:
+    """Indices [clusters, per_side] of the lowest and of the highest scores of each cluster, -1 where there are fewer.
+
+    In the order of the score, then of the index; NaN are left out.
+    """
+
+    def side(score: Tensor) -> Tensor:
+        order = (~score.isnan()).nonzero().squeeze(1)
+        order = order[score[order].argsort(stable=True)]
+        order = order[cluster[order].argsort(stable=True)]
+        of = cluster[order]
+        counts = torch.bincount(of, minlength=clusters)
+        rank = torch.arange(len(order), device=score.device) - (counts.cumsum(0) - counts)[of]
+        found = torch.full((clusters, per_side), -1, dtype=torch.int64, device=score.device)
+        kept = rank < per_side
+        found[of[kept], rank[kept]] = order[kept]
+        return found
+
+    return side(score), side(-score)
+
+
+def best(values: Tensor, indices: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """The k best values and their indices, the best first, the lower index first of equal values."""
+    order = indices.argsort()
+    order = order[values[order].argsort(stable=True, descending=largest)[:k]]
+    return values[order], indices[order]
 
 
 def orthonormal_basis(weight: Tensor, rank: int | None = None) -> Tensor:

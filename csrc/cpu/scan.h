@@ -16,9 +16,21 @@ struct HingeCall {
   double margin;
 };
 
+// Scores that may be among the best: sign * score is above the threshold, or equals it where `ties`.
+struct SurvivorCall {
+  Storage storage;
+  const void* scores;  // dense
+  double sign;
+  double threshold;
+  bool ties;
+};
+
 struct ScanEngine {
   // For each score x = sign * score + margin of [begin, end): how many sorted numbers are below it.
   void (*count_below)(const HingeCall&, int64_t begin, int64_t end, int32_t* counts);
+  // How many of [begin, end) survive: their places, less begin, in ascending order, and sign * score of each, Real.
+  // Adds how many NaN there were, which never survive.
+  int64_t (*survivors)(const SurvivorCall&, int64_t begin, int64_t end, int32_t* places, void* keys, int64_t* nans);
 };
 
 }  // namespace oodkern

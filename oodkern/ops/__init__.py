@@ -6,13 +6,16 @@ from oodkern.ops.contrast import info_nce
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
 from oodkern.ops.pairwise_hinge import pairwise_hinge
-from oodkern.ops.select import nearest_center
+from oodkern.ops.select import cluster_extremes, nearest_center
 from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
+from oodkern.ops.top_k import TopK
 
 __all__ = [
+    "TopK",
     "Upstream",
     "alignment",
     "club",
+    "cluster_extremes",
     "energy",
     "info_nce",
     "joint_energy",

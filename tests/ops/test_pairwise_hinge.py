@@ -294,7 +294,7 @@ def test_rejects_what_it_cannot_compute():
     a, b = torch.randn(3), torch.randn(4)
     with pytest.raises(TypeError, match=r"id_score: expected a torch\.Tensor, got list"):
         oodkern.pairwise_hinge([1.0], b)
-    with pytest.raises(TypeError, match="ood_score: expected one of .* got int64"):
+    with pytest.raises(TypeError, match=r"ood_score: expected one of .* got int64"):
         oodkern.pairwise_hinge(a, b.long())
     with pytest.raises(ValueError, match=r"ood_score: expected \[M\], one number a sample, got \[2, 2\]"):
         oodkern.pairwise_hinge(a, b.view(2, 2))

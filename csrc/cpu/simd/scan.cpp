@@ -1,4 +1,4 @@
-// Binary searches side by side. Compiled once per instruction set.
+// Binary searches side by side, and comparisons with a threshold. Compiled once per instruction set.
 #include "../scan.h"
 #include "math.h"
 
@@ -48,9 +48,50 @@ void run_count_below(const HingeCall& call, int64_t begin, int64_t end, int32_t*
   call.wide ? count_below<double>(call, begin, end, counts) : count_below<float>(call, begin, end, counts);
 }
 
+// Scores that are looked at together: mostly none survives, and then one comparison of all is all there is.
+constexpr int64_t kTogether = 256;
+
+template <class Math, class Stored>
+int64_t survivors(const SurvivorCall& call, int64_t begin, int64_t end, int32_t* places, void* keys, int64_t* nans) {
+  using Real = typename Math::Real;
+  const Stored* scores = static_cast<const Stored*>(call.scores);
+  const Real sign = Real(call.sign), threshold = Real(call.threshold);
+  const bool ties = call.ties;
+  const auto survives = [&](Real x) { return (x > threshold) | (ties & (x == threshold)); };
+  int64_t count = 0;
+  for (int64_t first = begin; first < end; first += kTogether) {
+    const int64_t size = end - first < kTogether ? end - first : kTogether;
+    int32_t hits = 0, unordered = 0;
+#pragma omp simd reduction(+ : hits, unordered)
+    for (int64_t k = 0; k < size; ++k) {
+      const Real x = sign * load(scores[first + k]);
+      hits += survives(x) ? 1 : 0;
+      unordered += x != x ? 1 : 0;
+    }
+    *nans += unordered;
+    for (int64_t k = 0; hits > 0 && k < size; ++k) {
+      const Real x = sign * load(scores[first + k]);
+      if (!survives(x)) continue;
+      static_cast<Real*>(keys)[count] = x;
+      places[count++] = int32_t(first + k - begin);
+    }
+  }
+  return count;
+}
+
+int64_t run_survivors(const SurvivorCall& call, int64_t begin, int64_t end, int32_t* places, void* keys,
+                      int64_t* nans) {
+  switch (call.storage) {
+    case Storage::kFloat64: return survivors<Double, double>(call, begin, end, places, keys, nans);
+    case Storage::kBFloat16: return survivors<Float, BFloat16>(call, begin, end, places, keys, nans);
+    case Storage::kFloat16: return survivors<Float, Float16>(call, begin, end, places, keys, nans);
+    default: return survivors<Float, float>(call, begin, end, places, keys, nans);
+  }
+}
+
 }  // namespace
 
 extern const ScanEngine scan_engine;
-const ScanEngine scan_engine{run_count_below};
+const ScanEngine scan_engine{run_count_below, run_survivors};
 
 }  // namespace oodkern::OODKERN_ISA
