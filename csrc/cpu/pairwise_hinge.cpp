@@ -108,11 +108,11 @@ double hinge(const Real* few, double few_sign, int64_t count, const Real* many, 
       Term term;
       for (int64_t j = first; j < last; ++j) {
         const int32_t k = below[j - first];
-        const double x = many_sign * double(many[j]) + margin;
+        const double score = many_sign * double(many[j]), x = score + margin;
         term.highest |= x == INFINITY;
         term.lowest |= x == -INFINITY;
         term.nan |= x != x;
-        if (k > 0) term.sum += k * (x - center);
+        if (k > 0) term.sum += k * ((score - center) + margin);
         ++own[k];
         many_out[j] = Real(many_slope * k);
       }
