@@ -87,9 +87,9 @@ void Walk::plan() {
     // With fewer rows a thread, packing the weights anew for every wave takes more than forming a tile twice.
     constexpr int64_t kFewest = 64;
     int64_t rows = wave_;
-    while (needs(rows, K) > budget && rows > kFewest * threads()) rows -= std::min<int64_t>(rows, 16);
-    const int64_t waves = (N + rows - 1) / std::max<int64_t>(rows, 1);
-    rows = (N + waves - 1) / std::max<int64_t>(waves, 1);
+    while (needs(rows, K) > budget && rows > kFewest * threads()) rows = std::max<int64_t>(rows - 16, 1);
+    const int64_t waves = std::max<int64_t>(1, (N + rows - 1) / rows);
+    rows = std::max<int64_t>(1, (N + waves - 1) / waves);
     if (needs(rows, K) <= budget) wave_ = rows, slice_ = std::max<int64_t>(K, 1), whole_ = true;
   }
   while (needs(wave_, slice_) > budget && (wave_ > 16 || slice_ > 16)) {
