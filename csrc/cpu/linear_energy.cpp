@@ -2,7 +2,6 @@
 #include "linear_head.h"
 
 namespace oodkern {
-namespace {
 
 Tensor linear_score(std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
                     double temperature) {
@@ -25,6 +24,8 @@ Tensor linear_score(std::string score, const Tensor& features, const Tensor& wei
   });
   return value;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, const Tensor& grad, const Tensor& features,
                                                          const Tensor& weight, const std::optional<Tensor>& bias,

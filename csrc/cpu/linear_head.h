@@ -59,6 +59,9 @@ inline void* real_at(const Tensor& tensor, int64_t i) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + i * int64_t(tensor.element_size());
 }
 
+Tensor linear_score(std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+                    double temperature);
+
 struct Wanted {
   Gradient features, weight;
   Tensor bias;

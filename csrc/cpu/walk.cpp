@@ -1,7 +1,6 @@
 #include "walk.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace oodkern {
@@ -130,19 +129,19 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
     return operand.block(p.row + first, count, own, !p.copy_x);
   };
   const Matrix xs = rows_of(x, x_), ws = w.block(p.column, p.columns, w_, true);
-  const auto real_of = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
+  const auto of_slice = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
   void* const z = at(z_, first * stride_ * real());
   void* const t = second ? at(t_, first * stride_ * real()) : nullptr;
-  multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, real_of(bias)});
+  multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, of_slice(bias)});
   Matrix vs{}, us{};
   if (second) {
     if (v) {
       vs = rows_of(*v, v_);
-      multiply({x.read(), false, true, count, p.columns, D, vs, ws, t, stride_, false, real_of(bias_t)});
+      multiply({x.read(), false, true, count, p.columns, D, vs, ws, t, stride_, false, of_slice(bias_t)});
     }
     for (int64_t i = 0; i < count && !v; ++i) {
       void* row = at(t, i * stride_ * real());
-      bias_t ? std::memcpy(row, real_of(bias_t), p.columns * real()) : std::memset(row, 0, p.columns * real());
+      bias_t ? std::memcpy(row, of_slice(bias_t), p.columns * real()) : std::memset(row, 0, p.columns * real());
     }
     if (u) {
       us = u->block(p.column, p.columns, u_, true);
