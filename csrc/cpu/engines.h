@@ -1,0 +1,14 @@
+// What every build of the engines has, one line each. A build is an instruction set's (see cpu/simd).
+#pragma once
+
+#include "rows.h"
+#include "tiles.h"
+
+namespace oodkern {
+
+struct Engines {
+  RowEngine rows;
+  TileEngine tiles;
+};
+
+}  // namespace oodkern
