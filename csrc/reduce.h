@@ -124,6 +124,60 @@ struct AbsSum {
   OODKERN_HOST_DEVICE Real curvature(Real, Real, Real, Real) const { return Real(0); }
 };
 
+// T^2 KL(p || q) of p = softmax(t / T) and q = softmax(s / T), the softmaxes of a teacher's and of a student's row.
+//
+// With u_k = log(p_k / q_k) it is the sum of p_k u_k, whose terms have both signs and cancel: near p = q it is of
+// second order in u, and they are of first. The shares sum to 1, so that sum_k (q_k - p_k + p_k u_k) is the same
+// number. There no term is negative, each is p_k u_k^2 / 2 for small u_k, and the derivative in log q_k is q_k - p_k,
+// which sums to 0: an error in a normaliser, common to a row, counts to second order. Equal rows give exactly 0.
+//
+// p_k = 0 leaves q_k whatever u_k is, p_k > 0 = q_k gives +inf. A teacher's row of all -inf teaches nothing: all shares
+// of both rows count as 0, and so do the value and the gradient.
+template <class Math>
+struct Divergence {
+  using Real = typename Math::Real;
+  using Sum = typename Math::Sum;
+  // p_k = exp((z_k - maximum) / T) reciprocal, log p_k = (z_k - maximum) / T - log_sum.
+  struct Share {
+    Real maximum;
+    Real reciprocal;
+  };
+
+  Real inverse_temperature;
+  Real scale;  // log2(e) / T
+
+  explicit OODKERN_HOST_DEVICE Divergence(double t)
+      : inverse_temperature(Real(1 / t)), scale(Real(1.4426950408889634 / t)) {}
+
+  static OODKERN_HOST_DEVICE Share share(typename LogSumExp<Math>::State state) {
+    const bool none = state.sum == 0;
+    return {LogSumExp<Math>::finite(state.maximum), none ? Real(0) : Real(1 / state.sum)};
+  }
+  OODKERN_HOST_DEVICE Real probability(Real z, Share share) const {
+    return Math::exp2((z - share.maximum) * scale) * share.reciprocal;
+  }
+  // The logarithm of the teacher's sum over the student's; 0 where there is none.
+  static OODKERN_HOST_DEVICE Real log_sums(Share teacher, Share student) {
+    if (teacher.reciprocal == student.reciprocal || teacher.reciprocal == 0 || student.reciprocal == 0) return Real(0);
+    return Real(Math::log(Sum(student.reciprocal)) - Math::log(Sum(teacher.reciprocal)));
+  }
+  // u_k
+  OODKERN_HOST_DEVICE Real log_ratio(Real t, Real s, Share teacher, Share student, Real log_sums) const {
+    return ((t - teacher.maximum) - (s - student.maximum)) * inverse_temperature - log_sums;
+  }
+  static OODKERN_HOST_DEVICE Real term(Real p, Real q, Real u) {
+    const Real near = p * (u * u) * Math::exponential_remainder(-u);
+    const Real far = q - p + p * u;
+    const Real finite = Math::absolute(u) < Real(1) ? near : far;
+    return p == Real(0) ? q : finite;
+  }
+  // d (T^2 KL) / d s_k, over T: q - p, as p (exp(-u) - 1) where that cancels.
+  static OODKERN_HOST_DEVICE Real slope(Real p, Real q, Real u) {
+    const Real near = -p * (u - u * u * Math::exponential_remainder(-u));
+    return Math::absolute(u) < Real(1) ? near : q - p;
+  }
+};
+
 // The largest element and its place, the first of equals: a block's two steps, since the place is needed once a block.
 template <class Real>
 struct ArgMax {

@@ -53,6 +53,12 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "Tensor? key_labels, Tensor temperature, Tensor query_lse, Tensor key_lse, bool normalize, bool symmetric, "
       "bool for_queries, bool for_keys) -> (Tensor, Tensor, Tensor)");
 
+  // Room `distill`: the loss and, [..., 4], what the gradient needs of a row; only the student has a gradient.
+  m.def("distillation(Tensor student_logits, Tensor teacher_logits, float temperature) -> (Tensor, Tensor)");
+  m.def(
+      "distillation_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor shares, "
+      "float temperature) -> Tensor");
+
   // Room `select`.
   m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");
 

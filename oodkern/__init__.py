@@ -16,6 +16,7 @@ from oodkern.backends import backend, choose_backend
 from oodkern.ops import (
     Upstream,
     alignment,
+    distillation,
     energy,
     info_nce,
     joint_energy,
@@ -33,6 +34,7 @@ __all__ = [
     "alignment",
     "backend",
     "choose_backend",
+    "distillation",
     "energy",
     "info_nce",
     "joint_energy",

@@ -156,6 +156,25 @@ def info_nce(
     return (rows + (-energy(s.T))[target] - picked) / 2 if symmetric else rows
 
 
+def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(p || q) of p = softmax(teacher / T) and q = softmax(student / T) over the last dimension.
+
+    As T^2 sum_k (q_k - p_k + p_k log(p_k / q_k)): the shares sum to 1, and so written no term is negative. p_k = 0
+    leaves q_k; a teacher's row of all -inf, which has no softmax, gives 0.
+    """
+    s, t = widen(student_logits) / temperature, widen(teacher_logits) / temperature
+
+    def log_share(z: Tensor) -> Tensor:
+        return z + torch.where((low := energy(z)) == torch.inf, 0.0, low).unsqueeze(-1)
+
+    log_q, log_p = log_share(s), log_share(t)
+    q, p = log_q.exp(), log_p.exp()
+    known = p != 0
+    weighted = torch.where(known, p, 0.0) * (torch.where(known, log_p, 0.0) - torch.where(known, log_q, 0.0))
+    taught = (t != -torch.inf).any(-1)
+    return temperature * temperature * torch.where(taught, (q - p + weighted).sum(-1), 0.0)
+
+
 def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """The index of the nearest center of each row, and the squared distance to it."""
     x, c = widen(features), widen(centers)

@@ -96,6 +96,16 @@ void use_instruction_set(std::string name) {
 
 }  // namespace
 
+int build_in_use() {
+  const TileEngine* tiles = set_in_use().load()->tiles;
+#if defined(OODKERN_X86_64)
+  if (tiles == &avx512::tile_engine) return 2;
+  if (tiles == &avx2::tile_engine) return 1;
+#endif
+  (void)tiles;
+  return 0;
+}
+
 RowEngine row_engine() {
   return set_in_use().load()->rows;
 }

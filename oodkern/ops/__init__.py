@@ -2,6 +2,7 @@
 
 from oodkern.ops._foreseen import Upstream
 from oodkern.ops.contrast import info_nce
+from oodkern.ops.distill import distillation
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
 from oodkern.ops.select import nearest_center
@@ -10,6 +11,7 @@ from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 __all__ = [
     "Upstream",
     "alignment",
+    "distillation",
     "energy",
     "info_nce",
     "joint_energy",
