@@ -37,10 +37,11 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
     const void* student = row_at(call.student, call.student_storage, row * call.student_stride);
     const void* teacher = row_at(call.teacher, call.teacher_storage, row * call.teacher_stride);
     auto s_state = LogSumExp<Math>::init(), t_state = LogSumExp<Math>::init();
+    const Real *s = nullptr, *t = nullptr;
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
-      const Real* s = read(call.student_storage, student, at, size, s_buffer);
-      const Real* t = read(call.teacher_storage, teacher, at, size, t_buffer);
+      s = read(call.student_storage, student, at, size, s_buffer);
+      t = read(call.teacher_storage, teacher, at, size, t_buffer);
       s_state = reducer.merge(s_state, reduce_block(reducer, s, size));
       t_state = reducer.merge(t_state, reduce_block(reducer, t, size));
     }
@@ -53,8 +54,10 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
     Sum total = 0;
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
-      const Real* s = read(call.student_storage, student, at, size, s_buffer);
-      const Real* t = read(call.teacher_storage, teacher, at, size, t_buffer);
+      if (call.columns > kBlock) {  // else the one block is still there
+        s = read(call.student_storage, student, at, size, s_buffer);
+        t = read(call.teacher_storage, teacher, at, size, t_buffer);
+      }
       Real part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t k = 0; k < size; ++k) {
