@@ -102,6 +102,27 @@ struct SoftplusSum {
   }
 };
 
+// softplus(z) - y z of a logit and its label y in [0, 1], given e = exp(-|z|): max(z, 0) - y z is |z| times 1 - y or y, so
+// that labels of 0 and 1 leave nothing to cancel, in the value or in the slope sigmoid(z) - y, and an infinite logit on its
+// label's side counts 0.
+template <class Math>
+struct BinaryEntropy {
+  using Real = typename Math::Real;
+
+  static OODKERN_HOST_DEVICE Real exponential(Real z) { return Math::exp_of_negative(-Math::absolute(z)); }
+  static OODKERN_HOST_DEVICE Real term(Real z, Real y, Real e) {
+    const Real weight = z > Real(0) ? Real(1) - y : y;
+    const Real linear = weight == Real(0) ? Real(0) : Math::absolute(z) * weight;
+    return linear + Math::log1p_unit(e);
+  }
+  static OODKERN_HOST_DEVICE Real slope(Real z, Real y, Real e) {
+    const bool positive = z > Real(0);
+    const Real above = positive ? Real(1) : e;  // sigmoid(z) (1 + e)
+    const Real below = positive ? e : Real(1);  // sigmoid(-z) (1 + e)
+    return ((Real(1) - y) * above - y * below) / (Real(1) + e);
+  }
+};
+
 // sum_k |z_k|; the slope at 0 is 0.
 template <class Math>
 struct AbsSum {
@@ -124,6 +145,24 @@ struct AbsSum {
   OODKERN_HOST_DEVICE Real curvature(Real, Real, Real, Real) const { return Real(0); }
 };
 
+// A row's softmax by two numbers: p_k = exp((z_k - maximum) / T) reciprocal, where exp((z_k - logsumexp) / T) would err by
+// the rounding of a logsumexp as large as the logits. A row of all -inf has p = 0.
+template <class Math>
+struct Softmax {
+  using Real = typename Math::Real;
+
+  Real maximum;
+  Real reciprocal;
+
+  static OODKERN_HOST_DEVICE Softmax of(typename LogSumExp<Math>::State state) {
+    return {LogSumExp<Math>::finite(state.maximum), state.sum == 0 ? Real(0) : Real(1 / state.sum)};
+  }
+  // scale is log2(e) / T.
+  OODKERN_HOST_DEVICE Real probability(Real z, Real scale) const {
+    return Math::exp2((z - maximum) * scale) * reciprocal;
+  }
+};
+
 // T^2 KL(p || q) of p = softmax(t / T) and q = softmax(s / T), the softmaxes of a teacher's and of a student's row.
 //
 // With u_k = log(p_k / q_k) it is the sum of p_k u_k, whose terms have both signs and cancel: near p = q it is of
@@ -137,11 +176,7 @@ template <class Math>
 struct Divergence {
   using Real = typename Math::Real;
   using Sum = typename Math::Sum;
-  // p_k = exp((z_k - maximum) / T) reciprocal, log p_k = (z_k - maximum) / T - log_sum.
-  struct Share {
-    Real maximum;
-    Real reciprocal;
-  };
+  using Row = Softmax<Math>;
 
   Real inverse_temperature;
   Real scale;  // log2(e) / T
@@ -149,20 +184,13 @@ struct Divergence {
   explicit OODKERN_HOST_DEVICE Divergence(double t)
       : inverse_temperature(Real(1 / t)), scale(Real(1.4426950408889634 / t)) {}
 
-  static OODKERN_HOST_DEVICE Share share(typename LogSumExp<Math>::State state) {
-    const bool none = state.sum == 0;
-    return {LogSumExp<Math>::finite(state.maximum), none ? Real(0) : Real(1 / state.sum)};
-  }
-  OODKERN_HOST_DEVICE Real probability(Real z, Share share) const {
-    return Math::exp2((z - share.maximum) * scale) * share.reciprocal;
-  }
   // The logarithm of the teacher's sum over the student's; 0 where there is none.
-  static OODKERN_HOST_DEVICE Real log_sums(Share teacher, Share student) {
+  static OODKERN_HOST_DEVICE Real log_sums(Row teacher, Row student) {
     if (teacher.reciprocal == student.reciprocal || teacher.reciprocal == 0 || student.reciprocal == 0) return Real(0);
     return Real(Math::log(Sum(student.reciprocal)) - Math::log(Sum(teacher.reciprocal)));
   }
   // u_k
-  OODKERN_HOST_DEVICE Real log_ratio(Real t, Real s, Share teacher, Share student, Real log_sums) const {
+  OODKERN_HOST_DEVICE Real log_ratio(Real t, Real s, Row teacher, Row student, Real log_sums) const {
     return ((t - teacher.maximum) - (s - student.maximum)) * inverse_temperature - log_sums;
   }
   static OODKERN_HOST_DEVICE Real term(Real p, Real q, Real u) {

@@ -67,6 +67,36 @@ def joint_energy(logits: Tensor) -> Tensor:
     return (torch.where(positive, z, 0.0) + torch.where(positive, -z, z).exp().log1p()).sum(-1)
 
 
+def oe_head(logits: Tensor) -> Tensor:
+    """logsumexp(z) - mean_c z_c over the last dimension, both of them about the row's maximum."""
+    z = widen(logits)
+    if z.shape[-1] == 0:
+        return z.sum(-1)
+    maximum = z.detach().amax(-1, keepdim=True)
+    below = z - torch.where(maximum.isfinite(), maximum, 0.0)
+    low = energy(below)
+    return torch.where(low == torch.inf, 0.0, -low) - below.mean(-1)
+
+
+def energy_head(logits: Tensor, margin: float, side: str) -> Tensor:
+    """relu(E - margin)^2 of side "in", relu(margin - E)^2 of side "out", with E = -logsumexp(z)."""
+    over = energy(logits) - margin
+    return (over if side == "in" else -over).relu().square()
+
+
+def bce_head(logits: Tensor, target: Tensor) -> Tensor:
+    """mean_c softplus(z_c) - y_c z_c over the last dimension.
+
+    max(z, 0) - y z is |z| times 1 - y or y, so that labels of 0 and 1 leave nothing to cancel and an infinite logit
+    on its label's side counts 0. Two branches rather than |z|: see `joint_energy`.
+    """
+    z, y = widen(logits), target.to(widen(logits).dtype)
+    positive = z > 0
+    magnitude, weight = torch.where(positive, z, -z), torch.where(positive, 1 - y, y)
+    off = torch.where(weight == 0, 0.0, magnitude * weight)
+    return (off + torch.where(positive, -z, z).exp().log1p()).sum(-1) / max(z.shape[-1], 1)
+
+
 @unrounded
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits [N, K] of features [N, D], weight [K, D] and bias [K], formed and kept in float32 at least."""

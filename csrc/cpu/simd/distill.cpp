@@ -6,25 +6,6 @@
 namespace oodkern::OODKERN_ISA {
 namespace {
 
-// A block of a row as Real, whatever its storage: a pair of storages costs a branch a block, and no code of its own.
-template <class Real>
-OODKERN_INLINE const Real* read(Storage storage, const void* row, int64_t at, int64_t size, Real* buffer) {
-  if constexpr (sizeof(Real) == sizeof(double)) {
-    return static_cast<const Real*>(row) + at;
-  } else {
-    switch (storage) {
-      case Storage::kBFloat16: return widen(static_cast<const BFloat16*>(row) + at, size, buffer);
-      case Storage::kFloat16: return widen(static_cast<const Float16*>(row) + at, size, buffer);
-      default: return static_cast<const Real*>(row) + at;
-    }
-  }
-}
-
-OODKERN_INLINE const void* row_at(const void* rows, Storage storage, int64_t elements) {
-  const int64_t size = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
-  return static_cast<const char*>(rows) + elements * size;
-}
-
 template <class Math>
 void forward(const DistillCall& call, int64_t begin, int64_t end) {
   using Real = typename Math::Real;
@@ -45,7 +26,7 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
       s_state = reducer.merge(s_state, reduce_block(reducer, s, size));
       t_state = reducer.merge(t_state, reduce_block(reducer, t, size));
     }
-    auto of_student = Divergence<Math>::share(s_state), of_teacher = Divergence<Math>::share(t_state);
+    auto of_student = Softmax<Math>::of(s_state), of_teacher = Softmax<Math>::of(t_state);
     if (t_state.sum == 0) of_student.reciprocal = 0;
     Real* shares = static_cast<Real*>(call.shares) + 4 * row;
     shares[0] = of_student.maximum, shares[1] = of_student.reciprocal;
@@ -61,7 +42,7 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
       Real part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t k = 0; k < size; ++k) {
-        const Real p = divergence.probability(t[k], of_teacher), q = divergence.probability(s[k], of_student);
+        const Real p = of_teacher.probability(t[k], divergence.scale), q = of_student.probability(s[k], divergence.scale);
         part += Divergence<Math>::term(p, q, divergence.log_ratio(t[k], s[k], of_teacher, of_student, log_sums));
       }
       total += part;
@@ -81,7 +62,7 @@ void backward(const DistillCall& call, int64_t begin, int64_t end) {
     const void* student = row_at(call.student, call.student_storage, row * call.student_stride);
     const void* teacher = row_at(call.teacher, call.teacher_storage, row * call.teacher_stride);
     const Real* shares = static_cast<const Real*>(call.shares) + 4 * row;
-    const typename Divergence<Math>::Share of_student{shares[0], shares[1]}, of_teacher{shares[2], shares[3]};
+    const Softmax<Math> of_student{shares[0], shares[1]}, of_teacher{shares[2], shares[3]};
     Stored* grad_row = static_cast<Stored*>(call.grad_student) + row * call.columns;
     const Real log_sums = Divergence<Math>::log_sums(of_teacher, of_student);
     const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
@@ -93,7 +74,7 @@ void backward(const DistillCall& call, int64_t begin, int64_t end) {
       Real* grad = target(grad_row + at, grad_buffer);
 #pragma omp simd
       for (int64_t k = 0; k < size; ++k) {
-        const Real p = divergence.probability(t[k], of_teacher), q = divergence.probability(s[k], of_student);
+        const Real p = of_teacher.probability(t[k], divergence.scale), q = of_student.probability(s[k], divergence.scale);
         const Real u = divergence.log_ratio(t[k], s[k], of_teacher, of_student, log_sums);
         grad[k] = scale * Divergence<Math>::slope(p, q, u);
       }
