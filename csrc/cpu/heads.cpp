@@ -106,23 +106,30 @@ std::vector<int64_t> per_row(const Tensor& logits, int64_t count) {
   return sizes;
 }
 
-void ask_for(HeadCall& call, Tensor& gradient) {
+void ask_for(HeadCall& call, const Column& upstream, Tensor& gradient) {
+  call.grad_value = upstream.data();
+  call.grad_value_stride = upstream.stride;
   call.grad_logits = gradient.mutable_data_ptr();
   prefer_large_pages(call.grad_logits, gradient.numel() * int64_t(gradient.element_size()));
 }
 
 std::tuple<Tensor, Tensor, Tensor> head(std::string name, const Tensor& logits, std::optional<Tensor> target,
-                                        double margin, bool for_logits) {
+                                        double margin, std::optional<Tensor> upstream) {
   const Given all = given(name, logits, target);
+  std::optional<Column> foreseen;
+  if (upstream) {
+    check_per_row(*upstream, "upstream", logits);
+    foreseen = as_column(*upstream);
+  }
   std::vector<int64_t> sizes = sizes_of(logits);
   sizes.pop_back();
   Tensor value = empty_of(logits, sizes, score_dtype(logits));
   Tensor rows = empty_of(logits, per_row(logits, all.target ? 0 : 3), score_dtype(logits));
-  Tensor gradient = empty_of(logits, per_row(logits, for_logits ? all.logits.columns : 0), logits.scalar_type());
+  Tensor gradient = empty_of(logits, per_row(logits, upstream ? all.logits.columns : 0), logits.scalar_type());
   HeadCall call = call_of(all, logits, margin);
   call.value = value.mutable_data_ptr();
   call.rows = rows.mutable_data_ptr();
-  if (for_logits) ask_for(call, gradient);
+  if (foreseen) ask_for(call, *foreseen, gradient);
   if (all.logits.rows) run(call, all.logits.rows);
   return {value, rows, gradient};
 }
@@ -140,9 +147,7 @@ Tensor head_backward(std::string name, const Tensor& grad, const Tensor& logits,
   if (gradient.numel() == 0) return gradient;
   HeadCall call = call_of(all, logits, margin);
   call.rows = const_cast<void*>(dense.const_data_ptr());
-  call.grad_value = upstream.data();
-  call.grad_value_stride = upstream.stride;
-  ask_for(call, gradient);
+  ask_for(call, upstream, gradient);
   run(call, all.logits.rows);
   return gradient;
 }

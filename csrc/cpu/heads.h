@@ -31,7 +31,7 @@ struct HeadCall {
   void* value;  // [N] Real; null in the backward pass
   void* rows;   // [N, 3] Real, dense: maximum and reciprocal sum of the softmax, and what multiplies p in the slope
 
-  const void* grad_value;  // [N] Real, elements grad_value_stride apart; null in the forward pass, where it counts as 1
+  const void* grad_value;  // [N] Real, elements grad_value_stride apart; null without grad_logits
   int64_t grad_value_stride;
   void* grad_logits;  // [N, K] dense, in the logits' storage; null where it is not asked for
 };

@@ -103,8 +103,9 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
     Real* rows = static_cast<Real*>(call.rows) + 3 * row;
     rows[0] = softmax.maximum, rows[1] = softmax.reciprocal, rows[2] = Real(scale);
     if (call.grad_logits) {
-      const Real shift = call.head == Head::kUniform ? Real(1 / classes) : Real(0);
-      slope<Math, Stored>(call, row, softmax, Real(scale), shift);
+      const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
+      const Real shift = call.head == Head::kUniform ? upstream / Real(classes) : Real(0);
+      slope<Math, Stored>(call, row, softmax, upstream * rows[2], shift);
     }
   }
 }
@@ -133,7 +134,7 @@ void binary(const HeadCall& call, int64_t begin, int64_t end) {
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
     Stored* grad_row = call.grad_logits ? static_cast<Stored*>(call.grad_logits) + row * call.columns : nullptr;
     const Real* upstream = static_cast<const Real*>(call.grad_value);
-    const Real scale = (upstream ? upstream[row * call.grad_value_stride] : Real(1)) / classes;
+    const Real scale = grad_row ? upstream[row * call.grad_value_stride] / classes : Real(0);
     double total = 0;
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t size = block_size(call, at);
