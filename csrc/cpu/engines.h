@@ -1,6 +1,8 @@
 // What every build of the engines has, one line each. A build is an instruction set's (see cpu/simd).
 #pragma once
 
+#include "distill.h"
+#include "heads.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -9,6 +11,8 @@ namespace oodkern {
 struct Engines {
   RowEngine rows;
   TileEngine tiles;
+  HeadEngine heads;
+  DistillEngine distillation;
 };
 
 }  // namespace oodkern

@@ -8,13 +8,13 @@
 
 namespace oodkern {
 
-struct Head {
+struct LinearHead {
   Operand x, w;
   bool wide;
   Workspace workspace;
   void* bias = nullptr;  // [K] Real, or null
 
-  Head(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& b)
+  LinearHead(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& b)
       : x(features, product_storage(storage_of(features))),
         w(weight, x.read()),
         wide(x.read() == Storage::kFloat64),

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
                                                                  const std::optional<Tensor>& bias) {
   check_head(features, weight, bias);
   STD_TORCH_CHECK(weight.size(0) > 0, "weight: expected at least one class");
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   const int64_t K = weight.size(0);
   const auto score = [&] { return empty_of(features, {features.size(0)}, score_dtype(features)); };
   Tensor energy = score(), joint = score(), largest = score(), msp = score();
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
   if (hinge) check_per_row(*hinge, "hinge", features);
   if (margin) check_per_row(*margin, "margin", features);
   const Kind kind = kind_of(score, temperature);
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
   Tensor upstream = empty_of(features, {features.size(0)}, score_dtype(features));

@@ -5,9 +5,11 @@ namespace oodkern::OODKERN_ISA {
 
 void run_rows(const RowCall&, int64_t, int64_t);
 extern const TileEngine tile_engine;
+void run_heads(const HeadCall&, int64_t, int64_t);
+void run_distillation(const DistillCall&, int64_t, int64_t);
 
 const Engines& engines() {
-  static const Engines all = {run_rows, tile_engine};
+  static const Engines all = {run_rows, tile_engine, run_heads, run_distillation};
   return all;
 }
 
