@@ -20,6 +20,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "club": {"cpu": ("native",), "cuda": ()},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
     "extremes": {"cpu": ("native",), "cuda": ()},
+    "distill": {"cpu": ("native",), "cuda": ()},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }
 

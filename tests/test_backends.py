@@ -19,7 +19,7 @@ def test_choice_is_a_function_of_its_arguments():
     with pytest.raises(
         ValueError,
         match="room: expected one of energy, linear_energy, subspace, contrast, club, pairwise_hinge, extremes, "
-        "select, got 'enery'",
+        "distill, select, got 'enery'",
     ):
         choose_backend("enery", 1, 1, 1, torch.float32, "cpu")
 

@@ -63,7 +63,7 @@ void forward(const Club& club, Real* value, Real* columns) {
   const int64_t D = club.D, parts = club.row_parts();
   const double n = double(club.N);
   std::vector<double> total(parts * D, 0.0);
-  club.in_parts([&](const ClubPart& part, int64_t p) { club_engine().totals(club.call, part, total.data() + p * D); });
+  club.in_parts([&](const ClubPart& part, int64_t p) { engines().club.totals(club.call, part, total.data() + p * D); });
   add_up(total, parts, D);
   Real *center = columns, *rest = center + D, *variance = rest + D, *weight = variance + D, *mean = weight + D;
   for (int64_t d = 0; d < D; ++d) center[d] = Real(total[d] / n);
@@ -72,7 +72,7 @@ void forward(const Club& club, Real* value, Real* columns) {
   for (auto& sum : sums) sum.assign(parts * D, 0.0);
   club.in_parts([&](const ClubPart& part, int64_t p) {
     const int64_t at = p * D;
-    club_engine().sums(
+    engines().club.sums(
         club.call, part, center,
         {sums[0].data() + at, sums[1].data() + at, sums[2].data() + at, sums[3].data() + at, sums[4].data() + at});
   });
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> club_backward(const Tensor& grad, const Tenso
   const double upstream = real_of(wide, grad.const_data_ptr(), 0);
   const ClubGradients out{upstream / double(std::max<int64_t>(club.N, 1)), club.D, memory(0, for_mean),
                           memory(1, for_log_variance), memory(2, for_target)};
-  club.in_parts([&](const ClubPart& part, int64_t) { club_engine().gradients(club.call, part, of, out); });
+  club.in_parts([&](const ClubPart& part, int64_t) { engines().club.gradients(club.call, part, of, out); });
   return {results[0], results[1], results[2]};
 }
 

@@ -104,7 +104,7 @@ double hinge(const Real* few, double few_sign, int64_t count, const Real* many, 
     std::vector<int32_t> below(kChunk);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * kChunk, last = std::min(many_count, first + kChunk);
-      scan_engine().count_below(call, first, last, below.data());
+      engines().scans.count_below(call, first, last, below.data());
       Term term;
       for (int64_t j = first; j < last; ++j) {
         const int32_t k = below[j - first];

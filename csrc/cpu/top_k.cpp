@@ -51,7 +51,7 @@ class Kept {
       const int64_t last = std::min(end, first + kBlock);
       call.threshold = has_bar_ ? double(bar_.key) : -INFINITY;
       call.ties = !has_bar_ || offset + first < bar_.index;  // else an equal one comes after the bar
-      const int64_t count = scan_engine().survivors(call, first, last, places.data(), keys.data(), nans);
+      const int64_t count = engines().scans.survivors(call, first, last, places.data(), keys.data(), nans);
       for (int64_t i = 0; i < count; ++i) offer({keys[i], offset + first + places[i]});
     }
   }
