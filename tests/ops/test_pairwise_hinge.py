@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from bar_pytorch import TORCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import FLOATS
@@ -148,8 +147,7 @@ def test_infinities_and_nan(dtype, flip):
 
 
 def test_any_subset_requires_gradients():
-    pair = scores(30, 20, torch.float32)
-    full = value_and_gradients(oodkern.pairwise_hinge, pair)
+    full = value_and_gradients(oodkern.pairwise_hinge, pair := scores(30, 20, torch.float32))
     for chosen in itertools.product((False, True), repeat=2):
         leaves = [t.clone().requires_grad_(flag) for t, flag in zip(pair, chosen, strict=True)]
         value = oodkern.pairwise_hinge(*leaves)
@@ -200,17 +198,6 @@ def test_compile_fullgraph():
         assert torch.equal(dynamic(*pair, margin), oodkern.pairwise_hinge(*pair, margin))
 
 
-@pytest.mark.skipif(
-    TORCH < (2, 15),
-    reason="compiled torch.func.grad over any autograd.Function is silently wrong before torch 2.15 (seen on 2.13)",
-)
-def test_compiled_func_grad():
-    torch._dynamo.reset()
-    pair = scores(5, 6, torch.float32)
-    expected = torch.func.grad(oodkern.pairwise_hinge)(*pair)
-    torch.testing.assert_close(torch.compile(torch.func.grad(oodkern.pairwise_hinge))(*pair), expected)
-
-
 def test_func_grad_and_vmap():
     id_score, ood_score = scores(8, 11, torch.float64)
     many = torch.stack([id_score, id_score * 0.5, id_score + 1.0])
@@ -233,15 +220,15 @@ def test_forward_mode_raises():
 
 def test_saved_tensor_hooks():
     pair = scores(6, 7, torch.float64)
-    expected, packed = value_and_gradients(oodkern.pairwise_hinge, pair), []
+    expected, packed = value_and_gradients(oodkern.pairwise_hinge, pair), set()
 
     def pack(tensor):
-        packed.append(tensor)
+        packed.add(tuple(tensor.shape))
         return tensor.clone()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor.clone()):
         again = value_and_gradients(oodkern.pairwise_hinge, pair)
-    assert {tuple(tensor.shape) for tensor in packed} == {(6,), (7,)}
+    assert packed == {(6,), (7,)}
     for a, b in zip(again, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -262,8 +249,7 @@ def test_same_bits_for_any_number_of_threads():
 def test_nothing_of_the_size_of_the_pairs():
     pair = [t.requires_grad_() for t in scores(3000, 40_000, torch.float32)]
     held = allocations(lambda: torch.autograd.grad(oodkern.pairwise_hinge(*pair), pair))
-    assert held
-    assert sum(held) <= 4 * 43_000 * 4
+    assert 0 < sum(held) <= 4 * 43_000 * 4
 
 
 def test_autocast_takes_mixed_dtypes_without_rounding():
