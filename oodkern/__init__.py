@@ -24,6 +24,7 @@ from oodkern.ops import (
     linear_scores,
     nearest_center,
     orthonormal_basis,
+    sample_norm,
     subspace_energy,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "nearest_center",
     "orthonormal_basis",
     "reference",
+    "sample_norm",
     "subspace_energy",
 ]
 

@@ -4,6 +4,7 @@ from oodkern.ops._foreseen import Upstream
 from oodkern.ops.contrast import info_nce
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
+from oodkern.ops.norm import sample_norm
 from oodkern.ops.select import nearest_center
 from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 
@@ -18,5 +19,6 @@ __all__ = [
     "linear_scores",
     "nearest_center",
     "orthonormal_basis",
+    "sample_norm",
     "subspace_energy",
 ]
