@@ -56,8 +56,8 @@ const InstructionSet kSets[] = {
 #if defined(OODKERN_X86_64)
     {"avx2", avx2::run_rows, &avx2::tile_engine, &avx2::norm_engine, nullptr, nullptr, has_avx2()},
     {"avx512", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine, nullptr, nullptr, has_avx512()},
-    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine, prefers_packed() ? multiply_float32 : nullptr,
-     multiply_bfloat16, has_avx512() && has_bfloat16_dot_products()},
+    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine,
+     prefers_packed() ? multiply_float32 : nullptr, multiply_bfloat16, has_avx512() && has_bfloat16_dot_products()},
     {"amx", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine, nullptr, bfloat16_product_of_blas(),
      has_avx512() && bfloat16_product_of_blas() != nullptr},
 #endif

@@ -188,11 +188,9 @@ std::tuple<Tensor, Tensor> sample_norm_double_backward(const Tensor& cotangent, 
   if (sizes.rows >= 4 * int64_t(torch::stable::get_num_threads()) || sizes.pieces == 1) {
     sizes.for_rows([&](int64_t row) {
       double along = 0;
-      sizes.of_row(row,
-                   [&](int64_t, int64_t, int64_t first, int64_t count) { along += dot(row, first, count); });
+      sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) { along += dot(row, first, count); });
       put(grad_grad, row, along);
-      sizes.of_row(row,
-                   [&](int64_t, int64_t, int64_t first, int64_t count) { project(row, first, count, along); });
+      sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) { project(row, first, count, along); });
     });
     return {grad_grad, result};
   }

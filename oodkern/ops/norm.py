@@ -51,7 +51,11 @@ def _as_rows(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x[:, None]
     if x.dim() > 2 and not x.is_contiguous():
-        x = x.permute(0, *sorted(range(1, x.dim()), key=x.stride, reverse=True))
+        order: list[int] = []  # by comparisons alone: under torch.compile strides may be symbolic
+        for dim in range(1, x.dim()):
+            before = [i for i in order if x.stride(i) >= x.stride(dim)]
+            order.insert(len(before), dim)
+        x = x.permute(0, *order)
     return x.flatten(1)
 
 

@@ -6,24 +6,21 @@
 namespace oodkern::OODKERN_ISA {
 namespace {
 
-// Sums term(k) of a piece in double. One running sum waits for its own last addition, 4 cycles a vector; four side by
-// side, each over a quarter of the block, do not. The sum of the blocks' sums takes the place of a long running one.
+// Sums term(k) of a piece in double. One running sum waits for its own last addition, 4 cycles a vector; kSums side by
+// side do not, and neighbours stay neighbours, as the processor's prefetching wants it.
+constexpr int64_t kSums = 32;
+
 template <class Term>
 OODKERN_INLINE double sum(int64_t count, Term&& term) {
-  double total = 0;
-  for (int64_t at = 0; at < count; at += kBlock) {
-    const int64_t size = block_size(count, at), quarter = size / 4;
-    double a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-    for (int64_t k = at; k < at + quarter; ++k) {
-      a += term(k);
-      b += term(k + quarter);
-      c += term(k + 2 * quarter);
-      d += term(k + 3 * quarter);
-    }
-    for (int64_t k = at + 4 * quarter; k < at + size; ++k) a += term(k);
-    total += (a + b) + (c + d);
+  alignas(64) double sums[kSums] = {};
+  const int64_t whole = count - count % kSums;
+  for (int64_t at = 0; at < whole; at += kSums) {
+#pragma omp simd
+    for (int64_t k = 0; k < kSums; ++k) sums[k] += term(at + k);
   }
+  double total = 0;
+  for (int64_t k = 0; k < kSums; ++k) total += sums[k];
+  for (int64_t k = whole; k < count; ++k) total += term(k);
   return total;
 }
 
@@ -44,8 +41,9 @@ double dot(Storage storage, const void* x_row, const void* t_row, int64_t count,
   with_storage(storage, [&](auto stored, auto) {
     const auto* x = static_cast<const decltype(stored)*>(x_row);
     const auto* t = static_cast<const decltype(stored)*>(t_row);
-    total = sum(count,
-                [=](int64_t k) __attribute__((always_inline)) { return double(load(t[k])) * (inverse * double(load(x[k]))); });
+    total = sum(count, [=](int64_t k) __attribute__((always_inline)) {
+      return double(load(t[k])) * (inverse * double(load(x[k])));
+    });
   });
   return total;
 }
