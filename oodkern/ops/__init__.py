@@ -5,6 +5,7 @@ from oodkern.ops.contrast import info_nce
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
 from oodkern.ops.norm import sample_norm
+from oodkern.ops.penalty import gradient_penalty, input_gradient_norm
 from oodkern.ops.select import nearest_center
 from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 
@@ -12,7 +13,9 @@ __all__ = [
     "Upstream",
     "alignment",
     "energy",
+    "gradient_penalty",
     "info_nce",
+    "input_gradient_norm",
     "joint_energy",
     "linear_energy",
     "linear_joint_energy",
