@@ -80,7 +80,8 @@ def gradient_penalty(
             Random numbers (dropout) are the same at all points.
         step: of finite differences, relative to the norm of each input. In float32 the error is least near 1e-2.
         chunk: rows forwarded at a time; 32 unless told.
-        allow_kinks: let finite differences pass over ReLU, max-pooling and the like, whose derivative jumps.
+        allow_kinks: let finite differences pass over ReLU, ELU, max-pooling and the like, whose first or second
+            derivative jumps. torch.where cannot be told from a mask and is never refused.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs): the norms are those at x, whatever `second_order` is. Zero, with
