@@ -94,8 +94,9 @@ class Work:
         if kinks := kinks_of(nodes):
             raise RuntimeError(
                 f"second_order='finite_difference' expects a smooth score, and the graph of this one has "
-                f"{', '.join(kinks)}, whose first or second derivative jumps: what is estimated there is not the gradient. Take "
-                "second_order='exact', smooth activations (SiLU, GELU), or allow_kinks=True to have it all the same."
+                f"{', '.join(kinks)}, whose first or second derivative jumps: what is estimated there is not the "
+                "gradient. Take second_order='exact', smooth activations (SiLU, GELU), or allow_kinks=True to have it "
+                "all the same."
             )
         if self.may_warn and (opaque := opaque_of(nodes)):
             self.may_warn = False

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Nodes whose first derivative jumps, or whose second does: with ELU finite differences are off by 5 % where they are off
-# by 0.01 % with SiLU. Names end in "Backward" and a number.
+# Nodes whose first derivative jumps, or whose second does: with ELU finite differences are off by 5 % where with SiLU
+# they are off by 0.01 %. Names end in "Backward" and a number.
 KINKS = (
     "Relu", "LeakyRelu", "Threshold", "PreluKernel", "RreluWithNoise", "Hardtanh", "Hardswish", "Hardsigmoid",
     "Softshrink", "Hardshrink", "Clamp", "ClampMin", "ClampMax", "Abs", "Maximum", "Minimum", "Fmax", "Fmin", "Max",

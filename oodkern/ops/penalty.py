@@ -91,6 +91,20 @@ def gradient_penalty(
     for an argument of the wrong kind or shape; RuntimeError where finite differences meet a jump. Warns where they
     meet compiled code, into which they cannot see.
     """
+    if torch.compiler.is_compiling():  # breaks the graph here: what is compiled cannot be differentiated twice
+        return torch.compiler.disable(_penalty)(score_fn, inputs, weight, second_order, step, chunk, allow_kinks)
+    return _penalty(score_fn, inputs, weight, second_order, step, chunk, allow_kinks)
+
+
+def _penalty(
+    score_fn: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    weight: Tensor,
+    second_order: str,
+    step: float,
+    chunk: int | None,
+    allow_kinks: bool,
+) -> Tensor:
     weight = _check_arguments(score_fn, inputs, weight, second_order, step, chunk)
     work = Work(score_fn, torch.is_grad_enabled(), second_order == "exact", step, allow_kinks)
     total = torch.zeros((), dtype=weight.dtype, device=inputs.device)

@@ -121,7 +121,9 @@ def test_memory_is_that_of_a_plain_step():
     [
         F.relu, F.relu6, F.leaky_relu, F.hardtanh, F.hardswish, F.hardsigmoid, F.selu, F.rrelu, F.softshrink,
         F.hardshrink, lambda t: F.threshold(t, 0.0, 0.0), lambda t: F.prelu(t, torch.tensor(0.2)),
-        F.elu, F.celu, lambda t: F.huber_loss(t, t * 2, reduction="none"), lambda t: t.relu_(), lambda t: t.clamp(min=0), lambda t: t.clip(-1, 1), torch.abs,
+        F.elu, F.celu,
+        lambda t: F.huber_loss(t, t * 2, reduction="none"),
+        lambda t: t.relu_(), lambda t: t.clamp(min=0), lambda t: t.clip(-1, 1), torch.abs,
         lambda t: F.max_pool2d(t, 2), lambda t: F.max_pool1d(t.flatten(1, 2), 2),
         lambda t: F.max_pool3d(t[:, None], (1, 2, 2)), lambda t: F.adaptive_max_pool2d(t, 2),
         lambda t: t.amax(1), lambda t: t.max(1)[0], lambda t: torch.maximum(t, -t), lambda t: torch.minimum(t, -t),

@@ -122,6 +122,20 @@ def test_checkpointing(second_order):
         assert torch.equal(buffer, before[name]), name
 
 
+def test_in_a_compiled_step():
+    """torch.compile breaks its graph at the penalty, whose functions it could not differentiate twice."""
+    torch._dynamo.reset()
+    module, (x, weight) = scorer().eval(), batch()
+
+    def step(x, weight):
+        return module(x).square().mean() + gradient_penalty(module, x, weight, chunk=4) * 0.5
+
+    expected = penalised(module, lambda: step(x, weight))
+    compiled = torch.compile(step, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(penalised(module, lambda: compiled(x, weight)), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast(dtype, inside):
