@@ -64,31 +64,36 @@ def updates_statistics(nodes: list[Any]) -> bool:
     )
 
 
-def modules_of(function: Callable[..., Any], depth: int = 3) -> list[nn.Module]:
-    """The modules that a function can be seen to hold: itself, its object, its arguments, closure and globals."""
-    if isinstance(function, nn.Module):
-        return [function]
+def reached_from(function: Any, depth: int = 3) -> list[Any]:
+    """The modules and functions that one can be seen to hold: itself, its object, its arguments, closure and globals."""
     held: list[Any] = []
     if isinstance(function, functools.partial):
         held += [function.func, *function.args, *function.keywords.values()]
-    if isinstance(function, types.MethodType):
-        held += [function.__self__, function.__func__, *getattr(function.__self__, "__dict__", {}).values()]
-    if isinstance(function, types.FunctionType):
-        held += [getattr(function, "_torchdynamo_orig_callable", None), *(function.__defaults__ or ())]
+    elif isinstance(function, types.MethodType) and not isinstance(function.__self__, nn.Module):
+        held += [function.__func__, *getattr(function.__self__, "__dict__", {}).values()]
+    elif isinstance(function, types.MethodType):
+        held.append(function.__self__)
+    elif isinstance(function, types.FunctionType):
+        held += [getattr(function, COMPILED_FROM, None), *(function.__defaults__ or ())]
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 held.append(cell.cell_contents)
         held += [function.__globals__.get(name) for name in function.__code__.co_names]
-    found = [one for one in held if isinstance(one, nn.Module)]
-    kinds = (types.FunctionType, types.MethodType, functools.partial)
-    if depth:
-        found += [one for other in held if isinstance(other, kinds) for one in modules_of(other, depth - 1)]
-    return found
+    elif not isinstance(function, nn.Module):
+        return []
+    return [function, *(one for other in held if depth for one in reached_from(other, depth - 1))]
 
 
-def _is_compiled(function: Any) -> bool:
-    orig = "_torchdynamo_orig_callable"
-    return isinstance(function, torch._dynamo.OptimizedModule) or getattr(function, orig, None) is not None
+COMPILED_FROM = "_torchdynamo_orig_callable"  # torch.compile's mark on what it made of a function
+
+
+def _is_compiled(reached: Any) -> bool:
+    if not isinstance(reached, nn.Module):
+        return getattr(reached, COMPILED_FROM, None) is not None
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in reached.modules()
+    )
 
 
 @contextlib.contextmanager
@@ -111,11 +116,12 @@ def running_statistics(function: Callable[..., Any]) -> Iterator[None]:
                 changed.append(one)
                 one.training = False
 
-    held = modules_of(function)
-    for module in held:
-        freeze(module)
+    reached = reached_from(function)
+    for one in reached:
+        if isinstance(one, nn.Module):
+            freeze(one)
     hook = None
-    if "torch._dynamo" not in sys.modules or not any(map(_is_compiled, [function, *held])):
+    if "torch._dynamo" not in sys.modules or not any(map(_is_compiled, reached)):
         hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: freeze(module))
     try:
         yield

@@ -90,6 +90,8 @@ def gradient_penalty(
     Differentiable once, in all leaves that score_fn uses and that require a gradient. Raises TypeError or ValueError
     for an argument of the wrong kind or shape; RuntimeError where finite differences meet a jump. Warns where they
     meet compiled code, into which they cannot see.
+
+    Source: Sharifi et al., Gradient-Regularized Out-of-Distribution Detection, ECCV 2024, which differentiates twice.
     """
     if torch.compiler.is_compiling():  # breaks the graph here: what is compiled cannot be differentiated twice
         return torch.compiler.disable(_penalty)(score_fn, inputs, weight, second_order, step, chunk, allow_kinks)

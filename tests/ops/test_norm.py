@@ -276,3 +276,14 @@ def test_vmap_over_channels_last():
     x = torch.randn(2, 3, 4, 5, 6).transpose(2, 4)
     expected = torch.stack([oodkern.sample_norm(one) for one in x])
     torch.testing.assert_close(torch.func.vmap(oodkern.sample_norm)(x), expected)
+
+
+def test_backends_agree():
+    x = torch.randn(4, 2, 3, 5)
+    with oodkern.backend("native"):
+        native = oodkern.sample_norm(x)
+    with oodkern.backend("reference"):
+        assert torch.equal(oodkern.sample_norm(x), reference.sample_norm(x))
+    torch.testing.assert_close(native, reference.sample_norm(x))
+    meta = oodkern.sample_norm(x.bfloat16().to("meta"))
+    assert (meta.shape, meta.dtype, meta.device.type) == ((4,), torch.float32, "meta")

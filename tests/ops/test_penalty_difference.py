@@ -1,5 +1,6 @@
 """The penalty on input gradients by finite differences."""
 
+import functools
 import warnings
 
 import pytest
@@ -168,19 +169,26 @@ def test_names_of_kinks_are_those_of_nodes():
     assert len(set(KINKS)) == len(KINKS)
 
 
-@pytest.mark.parametrize("compiled", ["module", "function", "inside"])
+@pytest.mark.parametrize("compiled", ["module", "function", "wrapped", "inside", "part", "in place"])
 def test_compiled_modules_work_with_a_warning(compiled):
     """Gradients and statistics as without; torch.compile traces no hook of ours."""
     torch._dynamo.reset()
     module, (x, weight) = scorer().train(), batch()
     before = {name: value.clone() for name, value in module.named_buffers()}
     expected = penalised(module, lambda: gradient_penalty(module, x, weight, DIFFERENCE, chunk=4))
-    inner = torch.compile(module.body if compiled == "inside" else module, backend="aot_eager")
+    compile_ = functools.partial(torch.compile, backend="aot_eager")
+    function = compile_(lambda t: module(t))
+    inner = compile_(module.body if compiled == "inside" else module)
     score_fn = {
         "module": inner,
-        "function": torch.compile(lambda t: module(t), backend="aot_eager"),
+        "function": function,
+        "wrapped": lambda t: function(t),
         "inside": lambda t: oodkern.energy(module.head(inner(t))),
-    }[compiled]
+    }.get(compiled, module)
+    if compiled == "part":
+        module.body[3] = compile_(module.body[3])
+    if compiled == "in place":
+        module.compile(backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="cannot see into CompiledFunctionBackward"):
         ours = penalised(module, lambda: gradient_penalty(score_fn, x, weight, DIFFERENCE, chunk=4))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
