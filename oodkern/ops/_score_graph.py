@@ -65,7 +65,7 @@ def updates_statistics(nodes: list[Any]) -> bool:
 
 
 def reached_from(function: Any, depth: int = 3) -> list[Any]:
-    """The modules and functions that one can be seen to hold: itself, its object, its arguments, closure and globals."""
+    """The modules and functions that one can be seen to hold: itself, its object, arguments, closure and globals."""
     held: list[Any] = []
     if isinstance(function, functools.partial):
         held += [function.func, *function.args, *function.keywords.values()]
