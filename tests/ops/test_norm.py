@@ -195,11 +195,12 @@ def test_infinities():
         assert norm[3] == 1
 
 
-def test_the_number_of_threads_does_not_matter():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_number_of_threads_does_not_matter(dtype):
     """Bit for bit: pieces and their order are fixed. With 2 threads the 10 rows are gone through whole, with 7 not."""
     before = torch.get_num_threads()
     for shape in ((3, 5 * PIECE + 77), (10, 3 * PIECE + 5), (40, 3 * PIECE), (300, 700)):
-        x = like(torch.empty(shape))
+        x = like(torch.empty(shape, dtype=dtype))
         results = []
         try:
             for threads in (1, 2, 7):
