@@ -102,6 +102,27 @@ struct SoftplusSum {
   }
 };
 
+// softplus(z) - y z of a logit and its label y in [0, 1], given e = exp(-|z|): max(z, 0) - y z is |z| times 1 - y or y, so
+// that labels of 0 and 1 leave nothing to cancel, in the value or in the slope sigmoid(z) - y, and an infinite logit on its
+// label's side counts 0.
+template <class Math>
+struct BinaryEntropy {
+  using Real = typename Math::Real;
+
+  static OODKERN_HOST_DEVICE Real exponential(Real z) { return Math::exp_of_negative(-Math::absolute(z)); }
+  static OODKERN_HOST_DEVICE Real term(Real z, Real y, Real e) {
+    const Real weight = z > Real(0) ? Real(1) - y : y;
+    const Real linear = weight == Real(0) ? Real(0) : Math::absolute(z) * weight;
+    return linear + Math::log1p_unit(e);
+  }
+  static OODKERN_HOST_DEVICE Real slope(Real z, Real y, Real e) {
+    const bool positive = z > Real(0);
+    const Real above = positive ? Real(1) : e;  // sigmoid(z) (1 + e)
+    const Real below = positive ? e : Real(1);  // sigmoid(-z) (1 + e)
+    return ((Real(1) - y) * above - y * below) / (Real(1) + e);
+  }
+};
+
 // sum_k |z_k|; the slope at 0 is 0.
 template <class Math>
 struct AbsSum {
@@ -122,6 +143,67 @@ struct AbsSum {
   OODKERN_HOST_DEVICE Real value(State s) const { return Real(s.sum); }
   OODKERN_HOST_DEVICE Real slope(Real z, Real) const { return z > Real(0) ? Real(1) : z < Real(0) ? Real(-1) : z; }
   OODKERN_HOST_DEVICE Real curvature(Real, Real, Real, Real) const { return Real(0); }
+};
+
+// A row's softmax by two numbers: p_k = exp((z_k - maximum) / T) reciprocal, where exp((z_k - logsumexp) / T) would err by
+// the rounding of a logsumexp as large as the logits. A row of all -inf has p = 0.
+template <class Math>
+struct Softmax {
+  using Real = typename Math::Real;
+
+  Real maximum;
+  Real reciprocal;
+
+  static OODKERN_HOST_DEVICE Softmax of(typename LogSumExp<Math>::State state) {
+    return {LogSumExp<Math>::finite(state.maximum), state.sum == 0 ? Real(0) : Real(1 / state.sum)};
+  }
+  // scale is log2(e) / T.
+  OODKERN_HOST_DEVICE Real probability(Real z, Real scale) const {
+    return Math::exp2((z - maximum) * scale) * reciprocal;
+  }
+};
+
+// T^2 KL(p || q) of p = softmax(t / T) and q = softmax(s / T), the softmaxes of a teacher's and of a student's row.
+//
+// With u_k = log(p_k / q_k) it is the sum of p_k u_k, whose terms have both signs and cancel: near p = q it is of
+// second order in u, and they are of first. The shares sum to 1, so that sum_k (q_k - p_k + p_k u_k) is the same
+// number. There no term is negative, each is p_k u_k^2 / 2 for small u_k, and the derivative in log q_k is q_k - p_k,
+// which sums to 0: an error in a normaliser, common to a row, counts to second order. Equal rows give exactly 0.
+//
+// p_k = 0 leaves q_k whatever u_k is, p_k > 0 = q_k gives +inf. A teacher's row of all -inf teaches nothing: all shares
+// of both rows count as 0, and so do the value and the gradient.
+template <class Math>
+struct Divergence {
+  using Real = typename Math::Real;
+  using Sum = typename Math::Sum;
+  using Row = Softmax<Math>;
+
+  Real inverse_temperature;
+  Real scale;  // log2(e) / T
+
+  explicit OODKERN_HOST_DEVICE Divergence(double t)
+      : inverse_temperature(Real(1 / t)), scale(Real(1.4426950408889634 / t)) {}
+
+  // The logarithm of the teacher's sum over the student's; 0 where there is none.
+  static OODKERN_HOST_DEVICE Real log_sums(Row teacher, Row student) {
+    if (teacher.reciprocal == student.reciprocal || teacher.reciprocal == 0 || student.reciprocal == 0) return Real(0);
+    return Real(Math::log(Sum(student.reciprocal)) - Math::log(Sum(teacher.reciprocal)));
+  }
+  // u_k
+  OODKERN_HOST_DEVICE Real log_ratio(Real t, Real s, Row teacher, Row student, Real log_sums) const {
+    return ((t - teacher.maximum) - (s - student.maximum)) * inverse_temperature - log_sums;
+  }
+  static OODKERN_HOST_DEVICE Real term(Real p, Real q, Real u) {
+    const Real near = p * (u * u) * Math::exponential_remainder(-u);
+    const Real far = q - p + p * u;
+    const Real finite = Math::absolute(u) < Real(1) ? near : far;
+    return p == Real(0) ? q : finite;
+  }
+  // d (T^2 KL) / d s_k, over T: q - p, as p (exp(-u) - 1) where that cancels.
+  static OODKERN_HOST_DEVICE Real slope(Real p, Real q, Real u) {
+    const Real near = -p * (u - u * u * Math::exponential_remainder(-u));
+    return Math::absolute(u) < Real(1) ? near : q - p;
+  }
 };
 
 // The largest element and its place, the first of equals: a block's two steps, since the place is needed once a block.

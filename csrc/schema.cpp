@@ -12,6 +12,12 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   m.def("joint_energy_backward(Tensor grad, Tensor logits) -> Tensor");
   m.def("joint_energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits) -> (Tensor, Tensor)");
 
+  // Training heads: `head` is "oe", "energy_in", "energy_out" (of a margin) or "bce" (of targets [..., K], any dtype);
+  // the loss, [..., 3] what the gradient needs of a row ([..., 0] for "bce"), and the gradient for an `upstream` that
+  // is there already, [..., 0] elsewhere.
+  m.def("head(str head, Tensor logits, Tensor? target, float margin, Tensor? upstream) -> (Tensor, Tensor, Tensor)");
+  m.def("head_backward(str head, Tensor grad, Tensor logits, Tensor? target, float margin, Tensor rows) -> Tensor");
+
   // Room `norm`: the L2 norm of each row of x [..., K], where a row is a sample.
   m.def("sample_norm(Tensor x) -> Tensor");
   m.def("sample_norm_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor");
@@ -57,6 +63,12 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "info_nce_backward(Tensor grad, Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, "
       "Tensor? key_labels, Tensor temperature, Tensor query_lse, Tensor key_lse, bool normalize, bool symmetric, "
       "bool for_queries, bool for_keys) -> (Tensor, Tensor, Tensor)");
+
+  // Room `distill`: the loss and, [..., 4], what the gradient needs of a row; only the student has a gradient.
+  m.def("distillation(Tensor student_logits, Tensor teacher_logits, float temperature) -> (Tensor, Tensor)");
+  m.def(
+      "distillation_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor shares, "
+      "float temperature) -> Tensor");
 
   // Room `select`.
   m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");

@@ -67,6 +67,36 @@ def joint_energy(logits: Tensor) -> Tensor:
     return (torch.where(positive, z, 0.0) + torch.where(positive, -z, z).exp().log1p()).sum(-1)
 
 
+def oe_head(logits: Tensor) -> Tensor:
+    """logsumexp(z) - mean_c z_c over the last dimension, both of them about the row's maximum."""
+    z = widen(logits)
+    if z.shape[-1] == 0:
+        return z.sum(-1)
+    maximum = z.detach().amax(-1, keepdim=True)
+    below = z - torch.where(maximum.isfinite(), maximum, 0.0)
+    low = energy(below)
+    return torch.where(low == torch.inf, 0.0, -low) - below.mean(-1)
+
+
+def energy_head(logits: Tensor, margin: float, side: str) -> Tensor:
+    """relu(E - margin)^2 of side "in", relu(margin - E)^2 of side "out", with E = -logsumexp(z)."""
+    over = energy(logits) - margin
+    return (over if side == "in" else -over).relu().square()
+
+
+def bce_head(logits: Tensor, target: Tensor) -> Tensor:
+    """mean_c softplus(z_c) - y_c z_c over the last dimension.
+
+    max(z, 0) - y z is |z| times 1 - y or y, so that labels of 0 and 1 leave nothing to cancel and an infinite logit
+    on its label's side counts 0. Two branches rather than |z|: see `joint_energy`.
+    """
+    z, y = widen(logits), target.to(widen(logits).dtype)
+    positive = z > 0
+    magnitude, weight = torch.where(positive, z, -z), torch.where(positive, 1 - y, y)
+    off = torch.where(weight == 0, 0.0, magnitude * weight)
+    return (off + torch.where(positive, -z, z).exp().log1p()).sum(-1) / max(z.shape[-1], 1)
+
+
 def sample_norm(x: Tensor) -> Tensor:
     """||x_i|| over all dimensions but the first.
 
@@ -171,6 +201,25 @@ def info_nce(
     picked = s.gather(1, target[:, None]).squeeze(1)
     rows = -energy(s) - picked
     return (rows + (-energy(s.T))[target] - picked) / 2 if symmetric else rows
+
+
+def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(p || q) of p = softmax(teacher / T) and q = softmax(student / T) over the last dimension.
+
+    As T^2 sum_k (q_k - p_k + p_k log(p_k / q_k)): the shares sum to 1, and so written no term is negative. p_k = 0
+    leaves q_k; a teacher's row of all -inf, which has no softmax, gives 0.
+    """
+    s, t = widen(student_logits) / temperature, widen(teacher_logits) / temperature
+
+    def log_share(z: Tensor) -> Tensor:
+        return z + torch.where((low := energy(z)) == torch.inf, 0.0, low).unsqueeze(-1)
+
+    log_q, log_p = log_share(s), log_share(t)
+    q, p = log_q.exp(), log_p.exp()
+    known = p != 0
+    weighted = torch.where(known, p, 0.0) * (torch.where(known, log_p, 0.0) - torch.where(known, log_q, 0.0))
+    taught = (t != -torch.inf).any(-1)
+    return temperature * temperature * torch.where(taught, (q - p + weighted).sum(-1), 0.0)
 
 
 def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ def test_choice_is_a_function_of_its_arguments():
     assert choose_backend("energy", 100, 0, 10, torch.int64, "cpu") == "reference"
     assert next(iter(inspect.signature(choose_backend).parameters)) == "room"
     with pytest.raises(
-        ValueError, match="room: expected one of energy, norm, linear_energy, subspace, contrast, select, got 'enery'"
+        ValueError,
+        match="room: expected one of energy, norm, linear_energy, subspace, contrast, distill, select, got 'enery'",
     ):
         choose_backend("enery", 1, 1, 1, torch.float32, "cpu")
 

@@ -11,30 +11,22 @@
 namespace oodkern {
 
 namespace baseline {
-void run_rows(const RowCall&, int64_t, int64_t);
-extern const TileEngine tile_engine;
-extern const NormEngine norm_engine;
-}  // namespace baseline
+const Engines& engines();
+}
 #if defined(OODKERN_X86_64)
 namespace avx2 {
-void run_rows(const RowCall&, int64_t, int64_t);
-extern const TileEngine tile_engine;
-extern const NormEngine norm_engine;
-}  // namespace avx2
+const Engines& engines();
+}
 namespace avx512 {
-void run_rows(const RowCall&, int64_t, int64_t);
-extern const TileEngine tile_engine;
-extern const NormEngine norm_engine;
-}  // namespace avx512
+const Engines& engines();
+}
 #endif
 
 namespace {
 
 struct InstructionSet {
   const char* name;
-  RowEngine rows;
-  const TileEngine* tiles;
-  const NormEngine* norms;
+  const Engines& (*engines)();
   Product float32;   // or null, where the BLAS is faster
   Product bfloat16;  // or null
   bool supported;    // mirrors the compiler flags of the build
@@ -52,13 +44,13 @@ bool has_avx512() {
 
 // Best last. The last two differ from AVX-512 in products alone.
 const InstructionSet kSets[] = {
-    {"baseline", baseline::run_rows, &baseline::tile_engine, &baseline::norm_engine, nullptr, nullptr, true},
+    {"baseline", baseline::engines, nullptr, nullptr, true},
 #if defined(OODKERN_X86_64)
-    {"avx2", avx2::run_rows, &avx2::tile_engine, &avx2::norm_engine, nullptr, nullptr, has_avx2()},
-    {"avx512", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine, nullptr, nullptr, has_avx512()},
-    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine,
-     prefers_packed() ? multiply_float32 : nullptr, multiply_bfloat16, has_avx512() && has_bfloat16_dot_products()},
-    {"amx", avx512::run_rows, &avx512::tile_engine, &avx512::norm_engine, nullptr, bfloat16_product_of_blas(),
+    {"avx2", avx2::engines, nullptr, nullptr, has_avx2()},
+    {"avx512", avx512::engines, nullptr, nullptr, has_avx512()},
+    {"avx512_bf16", avx512::engines, prefers_packed() ? multiply_float32 : nullptr, multiply_bfloat16,
+     has_avx512() && has_bfloat16_dot_products()},
+    {"amx", avx512::engines, nullptr, bfloat16_product_of_blas(),
      has_avx512() && bfloat16_product_of_blas() != nullptr},
 #endif
 };
@@ -100,16 +92,8 @@ void use_instruction_set(std::string name) {
 
 }  // namespace
 
-RowEngine row_engine() {
-  return set_in_use().load()->rows;
-}
-
-const TileEngine& tile_engine() {
-  return *set_in_use().load()->tiles;
-}
-
-const NormEngine& norm_engine() {
-  return *set_in_use().load()->norms;
+const Engines& engines() {
+  return set_in_use().load()->engines();
 }
 
 Product product_of(Storage storage) {

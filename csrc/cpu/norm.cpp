@@ -100,7 +100,7 @@ double root(const NormEngine& engine, Storage storage, const Sizes& sizes, const
 
 Tensor sample_norm(const Tensor& x) {
   check_logits(x, "x");
-  const NormEngine& engine = norm_engine();
+  const NormEngine& engine = engines().norms;
   const Storage storage = storage_of(x);
   const Rows rows = as_rows(x);
   const Sizes sizes(rows);
@@ -145,7 +145,7 @@ void check_upstream(const Tensor& grad, const Tensor& x, const Tensor& norm) {
 
 Tensor sample_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& norm) {
   check_upstream(grad, x, norm);
-  const NormEngine& engine = norm_engine();
+  const NormEngine& engine = engines().norms;
   const Storage storage = storage_of(x);
   const Rows rows = as_rows(x);
   const Column upstream = as_column(grad), norms = as_column(norm);
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> sample_norm_double_backward(const Tensor& cotangent, 
                                                        const Tensor& norm) {
   check_upstream(grad, x, norm);
   check_same_shape(cotangent, "cotangent", x, "x");
-  const NormEngine& engine = norm_engine();
+  const NormEngine& engine = engines().norms;
   const Storage storage = storage_of(x);
   const Rows rows = as_rows(x), directions = as_rows(cotangent);
   const Column upstream = as_column(grad), norms = as_column(norm);

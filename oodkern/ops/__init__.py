@@ -2,7 +2,9 @@
 
 from oodkern.ops._foreseen import Upstream
 from oodkern.ops.contrast import info_nce
+from oodkern.ops.distill import distillation
 from oodkern.ops.energy import energy, joint_energy
+from oodkern.ops.heads import bce_head, energy_head, oe_head
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
 from oodkern.ops.norm import sample_norm
 from oodkern.ops.penalty import gradient_penalty, input_gradient_norm
@@ -12,7 +14,10 @@ from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 __all__ = [
     "Upstream",
     "alignment",
+    "bce_head",
+    "distillation",
     "energy",
+    "energy_head",
     "gradient_penalty",
     "info_nce",
     "input_gradient_norm",
@@ -21,6 +26,7 @@ __all__ = [
     "linear_joint_energy",
     "linear_scores",
     "nearest_center",
+    "oe_head",
     "orthonormal_basis",
     "sample_norm",
     "subspace_energy",

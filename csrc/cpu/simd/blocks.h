@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../reduce.h"
+#include "../rows.h"
 #include "math.h"
 
 namespace oodkern::OODKERN_ISA {
@@ -37,6 +38,26 @@ template <class Stored, class Real>
 OODKERN_INLINE void narrow(const Real* buffer, int64_t size, Stored* block) {
 #pragma omp simd
   for (int64_t k = 0; k < size; ++k) store(block + k, buffer[k]);
+}
+
+// A block of a row as Real, whatever its storage: two tensors of different storages cost a
+// branch a block, and no code of their own.
+template <class Real>
+OODKERN_INLINE const Real* read(Storage storage, const void* row, int64_t at, int64_t size, Real* buffer) {
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    return static_cast<const Real*>(row) + at;
+  } else {
+    switch (storage) {
+      case Storage::kBFloat16: return widen(static_cast<const BFloat16*>(row) + at, size, buffer);
+      case Storage::kFloat16: return widen(static_cast<const Float16*>(row) + at, size, buffer);
+      default: return static_cast<const Real*>(row) + at;
+    }
+  }
+}
+
+OODKERN_INLINE const void* row_at(const void* rows, Storage storage, int64_t elements) {
+  const int64_t size = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(rows) + elements * size;
 }
 
 // Widening twice, once for the pivot and once for the sum, costs less than a round trip through a

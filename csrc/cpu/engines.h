@@ -1,0 +1,20 @@
+// What every build of the engines has, one line each. A build is an instruction set's (see cpu/simd).
+#pragma once
+
+#include "distill.h"
+#include "heads.h"
+#include "norm.h"
+#include "rows.h"
+#include "tiles.h"
+
+namespace oodkern {
+
+struct Engines {
+  RowEngine rows;
+  TileEngine tiles;
+  HeadEngine heads;
+  NormEngine norms;
+  DistillEngine distillation;
+};
+
+}  // namespace oodkern
