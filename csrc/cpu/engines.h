@@ -1,10 +1,12 @@
 // What every build of the engines has, one line each. A build is an instruction set's (see cpu/simd).
 #pragma once
 
+#include "club.h"
 #include "distill.h"
 #include "heads.h"
 #include "norm.h"
 #include "rows.h"
+#include "scan.h"
 #include "tiles.h"
 
 namespace oodkern {
@@ -15,6 +17,8 @@ struct Engines {
   HeadEngine heads;
   NormEngine norms;
   DistillEngine distillation;
+  ClubEngine club;
+  ScanEngine scans;
 };
 
 }  // namespace oodkern

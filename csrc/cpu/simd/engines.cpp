@@ -8,9 +8,11 @@ extern const TileEngine tile_engine;
 void run_heads(const HeadCall&, int64_t, int64_t);
 extern const NormEngine norm_engine;
 void run_distillation(const DistillCall&, int64_t, int64_t);
+extern const ClubEngine club_engine;
+extern const ScanEngine scan_engine;
 
 const Engines& engines() {
-  static const Engines all = {run_rows, tile_engine, run_heads, norm_engine, run_distillation};
+  static const Engines all = {run_rows, tile_engine, run_heads, norm_engine, run_distillation, club_engine, scan_engine};
   return all;
 }
 
