@@ -12,7 +12,8 @@ extern const ClubEngine club_engine;
 extern const ScanEngine scan_engine;
 
 const Engines& engines() {
-  static const Engines all = {run_rows, tile_engine, run_heads, norm_engine, run_distillation, club_engine, scan_engine};
+  static const Engines all = {run_rows,         tile_engine, run_heads,  norm_engine,
+                              run_distillation, club_engine, scan_engine};
   return all;
 }
 
