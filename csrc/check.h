@@ -12,9 +12,9 @@ inline bool is_floating(const Tensor& tensor) {
          dtype == ScalarType::Half;
 }
 
-inline void check_logits(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() >= 1, "logits: expected [..., K], got a tensor without dimensions");
-  STD_TORCH_CHECK(is_floating(logits), "logits: expected float64, float32, bfloat16 or float16");
+inline void check_logits(const Tensor& logits, const char* name = "logits") {
+  STD_TORCH_CHECK(logits.dim() >= 1, name, ": expected [..., K], got a tensor without dimensions");
+  STD_TORCH_CHECK(is_floating(logits), name, ": expected float64, float32, bfloat16 or float16");
 }
 
 inline void check_same_shape(const Tensor& tensor, const char* name, const Tensor& like, const char* of = "logits") {
@@ -33,11 +33,11 @@ inline void check_same_columns(const Tensor& tensor, const char* name, const Ten
       ": expected a matrix of as many columns, and in the dtype, as the first");
 }
 
-inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& logits) {
+inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& logits, const char* of = "logits") {
   std::vector<int64_t> expected = sizes_of(logits);
   expected.pop_back();
   STD_TORCH_CHECK(sizes_of(tensor) == expected && tensor.scalar_type() == score_dtype(logits), name,
-                  ": expected one number per row of logits, in the dtype of the scores");
+                  ": expected one number per row of ", of, ", in the dtype of the scores");
 }
 
 }  // namespace oodkern

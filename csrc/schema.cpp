@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   m.def("head(str head, Tensor logits, Tensor? target, float margin, Tensor? upstream) -> (Tensor, Tensor, Tensor)");
   m.def("head_backward(str head, Tensor grad, Tensor logits, Tensor? target, float margin, Tensor rows) -> Tensor");
 
+  // Room `norm`: the L2 norm of each row of x [..., K], where a row is a sample.
+  m.def("sample_norm(Tensor x) -> Tensor");
+  m.def("sample_norm_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor");
+  m.def("sample_norm_double_backward(Tensor cotangent, Tensor grad, Tensor x, Tensor norm) -> (Tensor, Tensor)");
+
   // Rooms whose heart is a product features @ weight.T that is never stored. An output that was not asked for
   // (`for_...` false) is a tensor without elements.
 

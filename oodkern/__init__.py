@@ -23,7 +23,9 @@ from oodkern.ops import (
     distillation,
     energy,
     energy_head,
+    gradient_penalty,
     info_nce,
+    input_gradient_norm,
     joint_energy,
     linear_energy,
     linear_joint_energy,
@@ -32,6 +34,7 @@ from oodkern.ops import (
     oe_head,
     orthonormal_basis,
     pairwise_hinge,
+    sample_norm,
     subspace_energy,
 )
 
@@ -48,7 +51,9 @@ __all__ = [
     "distillation",
     "energy",
     "energy_head",
+    "gradient_penalty",
     "info_nce",
+    "input_gradient_norm",
     "joint_energy",
     "linear_energy",
     "linear_joint_energy",
@@ -61,6 +66,7 @@ __all__ = [
     "orthonormal_basis",
     "pairwise_hinge",
     "reference",
+    "sample_norm",
     "subspace_energy",
 ]
 

@@ -98,6 +98,23 @@ def bce_head(logits: Tensor, target: Tensor) -> Tensor:
     return (off + torch.where(positive, -z, z).exp().log1p()).sum(-1) / max(z.shape[-1], 1)
 
 
+def sample_norm(x: Tensor) -> Tensor:
+    """||x_i|| over all dimensions but the first.
+
+    Not torch.linalg.vector_norm, whose second derivative at 0 is NaN, and whose squares leave the range of float32
+    where the norm does not: elements are divided by the largest of their sample first.
+    """
+    rows = widen(x).flatten(1) if x.dim() > 1 else widen(x)[:, None]
+    if rows.shape[1] == 0:
+        return rows.sum(1)
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    usual = (largest > 0) & largest.isfinite()
+    largest = torch.where(usual, largest, 1.0)
+    square = (rows / largest).square().sum(1)
+    nothing = square == 0
+    return torch.where(nothing, 0.0, torch.where(nothing, 1.0, square).sqrt() * largest.squeeze(1))
+
+
 @unrounded
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits [N, K] of features [N, D], weight [K, D] and bias [K], formed and kept in float32 at least."""

@@ -4,6 +4,7 @@
 #include "club.h"
 #include "distill.h"
 #include "heads.h"
+#include "norm.h"
 #include "rows.h"
 #include "scan.h"
 #include "tiles.h"
@@ -14,6 +15,7 @@ struct Engines {
   RowEngine rows;
   TileEngine tiles;
   HeadEngine heads;
+  NormEngine norms;
   DistillEngine distillation;
   ClubEngine club;
   ScanEngine scans;

@@ -7,7 +7,9 @@ from oodkern.ops.distill import distillation
 from oodkern.ops.energy import energy, joint_energy
 from oodkern.ops.heads import bce_head, energy_head, oe_head
 from oodkern.ops.linear_energy import linear_energy, linear_joint_energy, linear_scores
+from oodkern.ops.norm import sample_norm
 from oodkern.ops.pairwise_hinge import pairwise_hinge
+from oodkern.ops.penalty import gradient_penalty, input_gradient_norm
 from oodkern.ops.select import cluster_extremes, nearest_center
 from oodkern.ops.subspace import alignment, orthonormal_basis, subspace_energy
 from oodkern.ops.top_k import TopK
@@ -22,7 +24,9 @@ __all__ = [
     "distillation",
     "energy",
     "energy_head",
+    "gradient_penalty",
     "info_nce",
+    "input_gradient_norm",
     "joint_energy",
     "linear_energy",
     "linear_joint_energy",
@@ -31,5 +35,6 @@ __all__ = [
     "oe_head",
     "orthonormal_basis",
     "pairwise_hinge",
+    "sample_norm",
     "subspace_energy",
 ]
