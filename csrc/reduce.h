@@ -102,9 +102,9 @@ struct SoftplusSum {
   }
 };
 
-// softplus(z) - y z of a logit and its label y in [0, 1], given e = exp(-|z|): max(z, 0) - y z is |z| times 1 - y or y, so
-// that labels of 0 and 1 leave nothing to cancel, in the value or in the slope sigmoid(z) - y, and an infinite logit on its
-// label's side counts 0.
+// softplus(z) - y z of a logit and its label y in [0, 1], given e = exp(-|z|): max(z, 0) - y z is |z| times 1 - y or y,
+// so that labels of 0 and 1 leave nothing to cancel, in the value or in the slope sigmoid(z) - y, and an infinite logit
+// on its label's side counts 0.
 template <class Math>
 struct BinaryEntropy {
   using Real = typename Math::Real;
@@ -145,8 +145,8 @@ struct AbsSum {
   OODKERN_HOST_DEVICE Real curvature(Real, Real, Real, Real) const { return Real(0); }
 };
 
-// A row's softmax by two numbers: p_k = exp((z_k - maximum) / T) reciprocal, where exp((z_k - logsumexp) / T) would err by
-// the rounding of a logsumexp as large as the logits. A row of all -inf has p = 0.
+// A row's softmax by two numbers: p_k = exp((z_k - maximum) / T) reciprocal, where exp((z_k - logsumexp) / T) would err
+// by the rounding of a logsumexp as large as the logits. A row of all -inf has p = 0.
 template <class Math>
 struct Softmax {
   using Real = typename Math::Real;

@@ -138,9 +138,8 @@ Tensor head_backward(std::string name, const Tensor& grad, const Tensor& logits,
                      double margin, const Tensor& rows) {
   const Given all = given(name, logits, target);
   check_per_row(grad, "grad", logits);
-  STD_TORCH_CHECK(
-      sizes_of(rows) == per_row(logits, all.target ? 0 : 3) && rows.scalar_type() == score_dtype(logits),
-      "rows: expected what the head gave for these logits");
+  STD_TORCH_CHECK(sizes_of(rows) == per_row(logits, all.target ? 0 : 3) && rows.scalar_type() == score_dtype(logits),
+                  "rows: expected what the head gave for these logits");
   const Column upstream = as_column(grad);
   const Tensor dense = torch::stable::contiguous(rows);
   Tensor gradient = empty_of(logits, sizes_of(logits), logits.scalar_type());

@@ -42,7 +42,8 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
       Real part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t k = 0; k < size; ++k) {
-        const Real p = of_teacher.probability(t[k], divergence.scale), q = of_student.probability(s[k], divergence.scale);
+        const Real p = of_teacher.probability(t[k], divergence.scale),
+                   q = of_student.probability(s[k], divergence.scale);
         part += Divergence<Math>::term(p, q, divergence.log_ratio(t[k], s[k], of_teacher, of_student, log_sums));
       }
       total += part;
@@ -74,7 +75,8 @@ void backward(const DistillCall& call, int64_t begin, int64_t end) {
       Real* grad = target(grad_row + at, grad_buffer);
 #pragma omp simd
       for (int64_t k = 0; k < size; ++k) {
-        const Real p = of_teacher.probability(t[k], divergence.scale), q = of_student.probability(s[k], divergence.scale);
+        const Real p = of_teacher.probability(t[k], divergence.scale),
+                   q = of_student.probability(s[k], divergence.scale);
         const Real u = divergence.log_ratio(t[k], s[k], of_teacher, of_student, log_sums);
         grad[k] = scale * Divergence<Math>::slope(p, q, u);
       }

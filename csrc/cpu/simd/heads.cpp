@@ -1,5 +1,5 @@
-// The engine of the training heads: a row's loss, and its slope while the row is in cache. Compiled once per instruction
-// set.
+// The engine of the training heads: a row's loss, and its slope while the row is in cache. Compiled once per
+// instruction set.
 #include "../heads.h"
 #include "blocks.h"
 
