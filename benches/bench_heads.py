@@ -1,4 +1,4 @@
-"""Training heads of room `energy`, value and gradient, against eager PyTorch: `pytest benches/bench_heads.py`.
+"""Room `heads`, value and gradient, against eager PyTorch: `pytest benches/bench_heads.py`.
 
 The loss is a mean over the rows, `mean` with the head as it is and `foreseen` with the upstream told to it.
 """
@@ -67,7 +67,7 @@ def test_heads(name, case, shape, dtype, benchmark, record, rounds):
     leaf = logits[rows].double().requires_grad_()
     (oracle(leaf, *(tensor[rows] for tensor in others)).sum() / shape[0]).backward()
     row = side_by_side(
-        "energy",
+        "heads",
         f"{name} {case}, value + gradient",
         shape,
         dtype,

@@ -17,6 +17,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_energy": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "heads": {"cpu": ("native",), "cuda": ()},
     "distill": {"cpu": ("native",), "cuda": ()},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }

@@ -1,4 +1,4 @@
-"""Training heads of room `energy`: their numbers."""
+"""Room `heads`: its numbers."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Training heads whose gradients are formed with their values: what comes back is compared with what was foreseen."""
+"""Room `heads`, gradients that are formed with their values: what comes back is compared with what was foreseen."""
 
 import pytest
 import torch
@@ -63,6 +63,8 @@ def test_what_is_foreseen_is_handed_out(function, dtype):
     score = torch.promote_types(dtype, torch.float32)
     sixteen = dtype in FLOATS[2:]
     uneven = like(torch.empty(24, dtype=score))
+    nearly = torch.ones(24, dtype=score)
+    nearly[7] = 1.01
     for grad, told, anew in (
         (torch.ones(24, dtype=score), None, sixteen),
         (torch.full((24,), 1 / 24, dtype=score), 1 / 24, False),
@@ -71,6 +73,8 @@ def test_what_is_foreseen_is_handed_out(function, dtype):
         (uneven, 0.25, True),
         (uneven * 0.3, uneven, sixteen),
         (uneven * 4, uneven, dtype == torch.float16),
+        (nearly * uneven, uneven, True),
+        (nearly, None, sixteen),
     ):
         with Passes() as passes:
             ours = gradient_of(function, z, grad, upstream=told)

@@ -1,4 +1,4 @@
-"""Training heads of room `energy`, beside their numbers: autograd, torch.func, torch.compile, layouts, arguments."""
+"""Room `heads`, beside its numbers: autograd, torch.func, torch.compile, layouts, arguments."""
 
 import pytest
 import torch
@@ -194,6 +194,13 @@ class TestRows:
             torch.set_num_threads(threads)
         for other in results[1:]:
             assert all(map(torch.equal, other, results[0]))
+
+
+def test_other_devices_take_the_reference(function):
+    z = torch.empty(5, 7, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    value = function(z) if function is not HEADS["bce"] else oodkern.bce_head(z, torch.empty_like(z).detach())
+    assert (value.shape, value.dtype, value.device.type) == ((5,), torch.float32, "meta")
+    assert torch.autograd.grad(value.sum(), z)[0].dtype == torch.bfloat16
 
 
 def test_rejects_what_it_cannot_compute():
