@@ -58,6 +58,14 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "info_nce_backward(Tensor grad, Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, "
       "Tensor? key_labels, Tensor temperature, Tensor query_lse, Tensor key_lse, bool normalize, bool symmetric, "
       "bool for_queries, bool for_keys) -> (Tensor, Tensor, Tensor)");
+  // CLUB, and of each column what its gradients need.
+  m.def("club(Tensor mean, Tensor log_variance, Tensor target) -> (Tensor, Tensor)");
+  m.def(
+      "club_backward(Tensor grad, Tensor mean, Tensor log_variance, Tensor target, Tensor columns, bool for_mean, "
+      "bool for_log_variance, bool for_target) -> (Tensor, Tensor, Tensor)");
+
+  // The pairwise hinge, and its slope in each of the two sets of scores.
+  m.def("pairwise_hinge(Tensor id_score, Tensor ood_score, float margin) -> (Tensor, Tensor, Tensor)");
 
   // Room `distill`: the loss and, [..., 4], what the gradient needs of a row; only the student has a gradient.
   m.def("distillation(Tensor student_logits, Tensor teacher_logits, float temperature) -> (Tensor, Tensor)");
@@ -67,6 +75,11 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
 
   // Room `select`.
   m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");
+  m.def("cluster_extremes(Tensor score, Tensor cluster, int clusters, int per_side) -> (Tensor, Tensor)");
+  // `values` and `indices` hold candidates; `state`: how many, whether number k - 1 is the worst of k, NaN so far.
+  m.def(
+      "top_k_update(Tensor scores, int offset, int k, bool largest, Tensor(a!) values, Tensor(b!) indices, "
+      "Tensor(c!) state) -> ()");
 
   // Multiply-adds that this process's CPU products have done so far.
   m.def("multiplications() -> int");

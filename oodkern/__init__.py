@@ -14,9 +14,12 @@ from typing import Any
 
 from oodkern.backends import backend, choose_backend
 from oodkern.ops import (
+    TopK,
     Upstream,
     alignment,
     bce_head,
+    club,
+    cluster_extremes,
     distillation,
     energy,
     energy_head,
@@ -28,16 +31,20 @@ from oodkern.ops import (
     nearest_center,
     oe_head,
     orthonormal_basis,
+    pairwise_hinge,
     subspace_energy,
 )
 
 __version__ = "0.1.0"
 __all__ = [
+    "TopK",
     "Upstream",
     "alignment",
     "backend",
     "bce_head",
     "choose_backend",
+    "club",
+    "cluster_extremes",
     "distillation",
     "energy",
     "energy_head",
@@ -52,6 +59,7 @@ __all__ = [
     "nearest_center",
     "oe_head",
     "orthonormal_basis",
+    "pairwise_hinge",
     "reference",
     "subspace_energy",
 ]

@@ -18,6 +18,9 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "heads": {"cpu": ("native",), "cuda": ()},
+    "club": {"cpu": ("native",), "cuda": ()},
+    "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
+    "extremes": {"cpu": ("native",), "cuda": ()},
     "distill": {"cpu": ("native",), "cuda": ()},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def autocasting(tensor: Tensor) -> bool:
@@ -186,6 +187,40 @@ def info_nce(
     return (rows + (-energy(s.T))[target] - picked) / 2 if symmetric else rows
 
 
+def club(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
+    """(1/N) sum_i sum_d [ (1/N) sum_j (y_jd - mean_id)^2 - (y_id - mean_id)^2 ] / (2 exp(log_variance_id)).
+
+    The pairs of rows i, j are not formed: the mean over j is v_d + (mean_id - ybar_d)^2, v the variance of the column.
+    """
+    mean, log_variance, target = widen(mean), widen(log_variance), widen(target)
+    center = target.detach().sum(0) / max(len(target), 1)
+    c = target - center
+    c, m = c - c.sum(0) / max(len(target), 1), mean - center - c.sum(0) / max(len(target), 1)
+    variance = c.square().sum(0) / max(len(target), 1)
+    return ((variance + c * (2 * m - c)) * (-log_variance).exp()).sum() / (2 * max(len(target), 1))
+
+
+def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> Tensor:
+    """(1 / NM) sum_ij relu(ood_j - id_i + margin), 0 where there is no pair.
+
+    In blocks of rows of the N x M pairs, each of which is formed again for its gradient.
+    """
+    id_score, ood_score = widen(id_score), widen(ood_score)
+    N, M = len(id_score), len(ood_score)
+    if N == 0 or M == 0:
+        return (ood_score - id_score[:, None]).sum()
+
+    def block(rows: Tensor) -> Tensor:
+        return (ood_score - rows[:, None] + margin).relu().sum()
+
+    size = max(1, (1 << 22) // M)
+    parts = [
+        checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) if size < N else block(rows)
+        for rows in id_score.split(size)
+    ]
+    return torch.stack(parts).sum() / (N * M)
+
+
 def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(p || q) of p = softmax(teacher / T) and q = softmax(student / T) over the last dimension.
 
@@ -210,6 +245,34 @@ def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     x, c = widen(features), widen(centers)
     distance, index = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").square().min(-1)
     return index, distance
+
+
+def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: int = 1) -> tuple[Tensor, Tensor]:
+    """Indices [clusters, per_side] of the lowest and of the highest scores of each cluster, -1 where there are fewer.
+
+    In the order of the score, then of the index; NaN are left out.
+    """
+
+    def side(score: Tensor) -> Tensor:
+        order = (~score.isnan()).nonzero().squeeze(1)
+        order = order[score[order].argsort(stable=True)]
+        order = order[cluster[order].argsort(stable=True)]
+        of = cluster[order]
+        counts = torch.bincount(of, minlength=clusters)
+        rank = torch.arange(len(order), device=score.device) - (counts.cumsum(0) - counts)[of]
+        found = torch.full((clusters, per_side), -1, dtype=torch.int64, device=score.device)
+        kept = rank < per_side
+        found[of[kept], rank[kept]] = order[kept]
+        return found
+
+    return side(score), side(-score)
+
+
+def best(values: Tensor, indices: Tensor, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """The k best values and their indices, the best first, the lower index first of equal values."""
+    order = indices.argsort()
+    order = order[values[order].argsort(stable=True, descending=largest)[:k]]
+    return values[order], indices[order]
 
 
 def orthonormal_basis(weight: Tensor, rank: int | None = None) -> Tensor:

@@ -18,7 +18,8 @@ def test_choice_is_a_function_of_its_arguments():
     assert next(iter(inspect.signature(choose_backend).parameters)) == "room"
     with pytest.raises(
         ValueError,
-        match="room: expected one of energy, linear_energy, subspace, contrast, heads, distill, select, got 'enery'",
+        match="room: expected one of energy, linear_energy, subspace, contrast, heads, club, pairwise_hinge, extremes, "
+        "distill, select, got 'enery'",
     ):
         choose_backend("enery", 1, 1, 1, torch.float32, "cpu")
 

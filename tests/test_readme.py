@@ -66,6 +66,22 @@ def test_the_comparison_is_the_stored_one(readme, root):
     assert f"```\n{found.table()}\n```" in readme
 
 
+def test_the_times_of_products_are_the_stored_ones(readme, root):
+    rows = json.loads((root / "benches/results/products-cpu-2-cores.json").read_text())["rows"]
+    cases = {
+        "forward": "energy forward",
+        "forward and backward": "energy forward + backward",
+        "forward and backward, upstream foreseen": "energy forward + backward, foreseen",
+    }
+    for label, case in cases.items():
+        found = {row["dtype"]: row for row in rows if (row["room"], row["case"]) == ("linear_energy", case)}
+        single, half = found["float32"], found["bfloat16"]
+        assert f"| {label} | {single['ratio']:.2f} | {half['ratio']:.2f} |" in readme
+        for row in (single, half):
+            assert row["shape"] == [65_536, 512, 1_000]
+            assert row["beyond"]["eager"] >= 50 * row["beyond"]["oodkern"]
+
+
 def test_verbs_that_are_named_exist(readme):
     for verb in set(re.findall(r"`oodkern (\w+)", readme)):
         with pytest.raises(SystemExit) as stopped:

@@ -67,8 +67,7 @@ struct Pair {
       STD_TORCH_CHECK(target.data[i] >= 0 && target.data[i] < M, "target: expected keys in 0..", M - 1, ", got ",
                       target.data[i]);
     }
-    temperature = wide ? *static_cast<const double*>(temp.const_data_ptr())
-                       : double(*static_cast<const float*>(temp.const_data_ptr()));
+    temperature = real_of(wide, temp.const_data_ptr(), 0);
     if (normalize) column_scale = inverse_norms(k, 0, M, 1.0);
     if (!target.given) {
       q_count = counts(query_label, N, key_label, M);
@@ -164,11 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad, const T
   const Pair pair(queries, keys, target, query_labels, key_labels, temperature, normalize, symmetric);
   const bool labels = !pair.target.given;
   const Column upstream = as_column(grad), row_lse = as_column(query_lse), column_lse = as_column(key_lse);
-  const auto grad_of = [&](int64_t i) {
-    const int64_t at = i * upstream.stride;
-    return pair.wide ? static_cast<const double*>(upstream.data())[at]
-                     : double(static_cast<const float*>(upstream.data())[at]);
-  };
+  const auto grad_of = [&](int64_t i) { return real_of(pair.wide, upstream.data(), i * upstream.stride); };
   const double share = symmetric ? 0.5 : 1.0;
   // a_i and b_j: the upstream of each row's and column's logsumexp.
   const auto a = [&](int64_t i) { return labels && pair.q_count[i] == 0 ? 0.0 : share * grad_of(i); };

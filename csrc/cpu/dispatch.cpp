@@ -11,26 +11,22 @@
 namespace oodkern {
 
 namespace baseline {
-void run_rows(const RowCall&, int64_t, int64_t);
-extern const TileEngine tile_engine;
-}  // namespace baseline
+const Engines& engines();
+}
 #if defined(OODKERN_X86_64)
 namespace avx2 {
-void run_rows(const RowCall&, int64_t, int64_t);
-extern const TileEngine tile_engine;
-}  // namespace avx2
+const Engines& engines();
+}
 namespace avx512 {
-void run_rows(const RowCall&, int64_t, int64_t);
-extern const TileEngine tile_engine;
-}  // namespace avx512
+const Engines& engines();
+}
 #endif
 
 namespace {
 
 struct InstructionSet {
   const char* name;
-  RowEngine rows;
-  const TileEngine* tiles;
+  const Engines& (*engines)();
   Product float32;   // or null, where the BLAS is faster
   Product bfloat16;  // or null
   bool supported;    // mirrors the compiler flags of the build
@@ -48,13 +44,13 @@ bool has_avx512() {
 
 // Best last. The last two differ from AVX-512 in products alone.
 const InstructionSet kSets[] = {
-    {"baseline", baseline::run_rows, &baseline::tile_engine, nullptr, nullptr, true},
+    {"baseline", baseline::engines, nullptr, nullptr, true},
 #if defined(OODKERN_X86_64)
-    {"avx2", avx2::run_rows, &avx2::tile_engine, nullptr, nullptr, has_avx2()},
-    {"avx512", avx512::run_rows, &avx512::tile_engine, nullptr, nullptr, has_avx512()},
-    {"avx512_bf16", avx512::run_rows, &avx512::tile_engine, prefers_packed() ? multiply_float32 : nullptr,
-     multiply_bfloat16, has_avx512() && has_bfloat16_dot_products()},
-    {"amx", avx512::run_rows, &avx512::tile_engine, nullptr, bfloat16_product_of_blas(),
+    {"avx2", avx2::engines, nullptr, nullptr, has_avx2()},
+    {"avx512", avx512::engines, nullptr, nullptr, has_avx512()},
+    {"avx512_bf16", avx512::engines, prefers_packed() ? multiply_float32 : nullptr, multiply_bfloat16,
+     has_avx512() && has_bfloat16_dot_products()},
+    {"amx", avx512::engines, nullptr, bfloat16_product_of_blas(),
      has_avx512() && bfloat16_product_of_blas() != nullptr},
 #endif
 };
@@ -96,22 +92,8 @@ void use_instruction_set(std::string name) {
 
 }  // namespace
 
-int build_in_use() {
-  const TileEngine* tiles = set_in_use().load()->tiles;
-#if defined(OODKERN_X86_64)
-  if (tiles == &avx512::tile_engine) return 2;
-  if (tiles == &avx2::tile_engine) return 1;
-#endif
-  (void)tiles;
-  return 0;
-}
-
-RowEngine row_engine() {
-  return set_in_use().load()->rows;
-}
-
-const TileEngine& tile_engine() {
-  return *set_in_use().load()->tiles;
+const Engines& engines() {
+  return set_in_use().load()->engines();
 }
 
 Product product_of(Storage storage) {

@@ -7,32 +7,12 @@
 
 namespace oodkern {
 
-namespace baseline {
-void run_distillation(const DistillCall&, int64_t, int64_t);
-}
-#if defined(OODKERN_X86_64)
-namespace avx2 {
-void run_distillation(const DistillCall&, int64_t, int64_t);
-}
-namespace avx512 {
-void run_distillation(const DistillCall&, int64_t, int64_t);
-}
-#endif
-
 namespace {
-
-const DistillEngine kEngines[] = {
-    baseline::run_distillation,
-#if defined(OODKERN_X86_64)
-    avx2::run_distillation,
-    avx512::run_distillation,
-#endif
-};
 
 constexpr int64_t kGrainElements = 16384;  // as in energy.cpp, of two rows each
 
 void run(const DistillCall& call, int64_t rows) {
-  const DistillEngine engine = kEngines[build_in_use()];
+  const DistillEngine engine = engines().distillation;
   const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
 }

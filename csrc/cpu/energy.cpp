@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kGrainElements = 32768;
 
 void run(const RowCall& call, int64_t rows) {
-  const RowEngine engine = row_engine();
+  const RowEngine engine = engines().rows;
   const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
 }

@@ -10,32 +10,12 @@
 
 namespace oodkern {
 
-namespace baseline {
-void run_heads(const HeadCall&, int64_t, int64_t);
-}
-#if defined(OODKERN_X86_64)
-namespace avx2 {
-void run_heads(const HeadCall&, int64_t, int64_t);
-}
-namespace avx512 {
-void run_heads(const HeadCall&, int64_t, int64_t);
-}
-#endif
-
 namespace {
-
-const HeadEngine kEngines[] = {
-    baseline::run_heads,
-#if defined(OODKERN_X86_64)
-    avx2::run_heads,
-    avx512::run_heads,
-#endif
-};
 
 constexpr int64_t kGrainElements = 16384;  // as in energy.cpp, of more work each
 
 void run(const HeadCall& call, int64_t rows) {
-  const HeadEngine engine = kEngines[build_in_use()];
+  const HeadEngine engine = engines().heads;
   const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
 }

@@ -2,13 +2,12 @@
 #include "linear_head.h"
 
 namespace oodkern {
-namespace {
 
 Tensor linear_score(std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
                     double temperature) {
   check_head(features, weight, bias);
   const Kind kind = kind_of(score, temperature);
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   const int64_t K = weight.size(0);
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
   Walk walk(head.x, head.w);
@@ -26,6 +25,8 @@ Tensor linear_score(std::string score, const Tensor& features, const Tensor& wei
   return value;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, const Tensor& grad, const Tensor& features,
                                                          const Tensor& weight, const std::optional<Tensor>& bias,
                                                          const Tensor& value, double temperature, bool for_features,
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, cons
   check_per_row(grad, "grad", features);
   check_per_row(value, "value", features);
   const Kind kind = kind_of(score, temperature);
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
   Walk walk(head.x, head.w);
   walk.bias = head.bias;
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_score_double_backward(
     check_same_shape(*bias_cotangent, "bias_cotangent", *bias, "bias");
   }
   const Kind kind = kind_of(score, temperature);
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   std::optional<Operand> v, u;
   if (features_cotangent) v.emplace(*features_cotangent, head.x.read());
   if (weight_cotangent) u.emplace(*weight_cotangent, head.x.read());

@@ -8,13 +8,13 @@
 
 namespace oodkern {
 
-struct Head {
+struct LinearHead {
   Operand x, w;
   bool wide;
   Workspace workspace;
   void* bias = nullptr;  // [K] Real, or null
 
-  Head(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& b)
+  LinearHead(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& b)
       : x(features, product_storage(storage_of(features))),
         w(weight, x.read()),
         wide(x.read() == Storage::kFloat64),
@@ -58,6 +58,9 @@ inline void check_head(const Tensor& features, const Tensor& weight, const std::
 inline void* real_at(const Tensor& tensor, int64_t i) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + i * int64_t(tensor.element_size());
 }
+
+Tensor linear_score(std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+                    double temperature);
 
 struct Wanted {
   Gradient features, weight;

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
                                                                  const std::optional<Tensor>& bias) {
   check_head(features, weight, bias);
   STD_TORCH_CHECK(weight.size(0) > 0, "weight: expected at least one class");
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   const int64_t K = weight.size(0);
   const auto score = [&] { return empty_of(features, {features.size(0)}, score_dtype(features)); };
   Tensor energy = score(), joint = score(), largest = score(), msp = score();
@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
 }
 
 // The gradients of sum_i linear_i S_i + |hinge_i| relu(+-(S_i - margin_i))^2, with the sign of hinge_i, beside the
-// scores S: the upstream of a row is known as soon as its score is, so that its logits are formed once, where those of
-// a wave are held for all classes.
+// scores S: the upstream of a row is known as soon as its score is, so that its logits are formed once. Where rows of
+// them are too long to be held, the scores alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
     std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
     double temperature, const Tensor& linear, const std::optional<Tensor>& hinge, const std::optional<Tensor>& margin,
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
   if (hinge) check_per_row(*hinge, "hinge", features);
   if (margin) check_per_row(*margin, "margin", features);
   const Kind kind = kind_of(score, temperature);
-  Head head(features, weight, bias);
+  LinearHead head(features, weight, bias);
   Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
   Tensor upstream = empty_of(features, {features.size(0)}, score_dtype(features));
@@ -80,35 +80,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
       put_real(head.wide, upstream.mutable_data_ptr(), i, g);
     }
   };
-  const auto form = [&](const Part& part, RowState* states) {
-    const TileEngine& engine = tile_engine();
-    RowState* state = states + part.wave_row;
-    if (part.column == 0) engine.begin(kind.reduce, part.z.rows, state);
-    engine.reduce(part.z, kind.reduce, state);
-    if (part.column + part.z.columns < weight.size(0)) return;
-    engine.finish(head.wide, kind.reduce, part.z.rows, state, kind.sign, real_at(value, part.row));
-    foresee(part.row, part.row + part.z.rows);
-  };
   Walk walk(head.x, head.w);
   walk.bias = head.bias;
   walk.prefers_whole_rows = true;
   wanted.into(walk, for_features, for_weight);
   walk.plan();
-  const bool at_once = walk.whole_rows();
-  if (!at_once) {
-    Walk first(head.x, head.w);
-    first.bias = head.bias;
-    first.plan();
-    Workspace workspace(features);
-    std::vector<RowState> states(first.wave());
-    first.run(workspace, [&](const Part& part) { form(part, states.data()); });
+  if (!walk.whole_rows()) {
+    const Tensor nothing = empty_of(features, {0}, score_dtype(features));
+    return {linear_score(score, features, weight, bias, temperature), nothing, nothing, nothing, nothing};
   }
   std::vector<RowState> states(walk.wave());
   walk.run(head.workspace, [&](const Part& part) {
-    if (at_once && !part.again) form(part, states.data());
+    const TileEngine& engine = tile_engine();
+    RowState* state = states.data() + part.wave_row;
+    engine.begin(kind.reduce, part.z.rows, state);
+    engine.reduce(part.z, kind.reduce, state);
+    engine.finish(head.wide, kind.reduce, part.z.rows, state, kind.sign, real_at(value, part.row));
+    foresee(part.row, part.row + part.z.rows);
     const auto reduced = reals_of(head.wide, values, part.row, part.z.rows, kind.sign);
     const auto scale = reals_of(head.wide, as_column(upstream), part.row, part.z.rows, kind.sign);
-    tile_engine().slope(part.z, kind.reduce, reduced.data(), scale.data());
+    engine.slope(part.z, kind.reduce, reduced.data(), scale.data());
   });
   wanted.finish_bias(head.wide);
   return {value, upstream, wanted.features.result, wanted.weight.result, wanted.bias};

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 // Both precisions are compiled for the processors that have both: AMD's with AVX-512.
 #define OODKERN_PACKED __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
@@ -206,14 +207,19 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+// Packed blocks: 1.5 MiB, kept by each thread that ever multiplies.
+uint32_t* packed_blocks() {
+  thread_local std::unique_ptr<uint32_t, Free> packed;
+  if (!packed) packed.reset(static_cast<uint32_t*>(std::aligned_alloc(64, (kSizeA + kSizeB) * 4)));
+  if (!packed) throw std::bad_alloc();
+  return packed.get();
+}
+
 template <class Unit>
 void multiply_packed(const Multiply& p) {
   using Number = typename Unit::Number;
   constexpr int64_t kBlockDepth = kUnits * Unit::kNumbers;
-  // Packed blocks, 1.5 MiB kept by each thread that ever multiplies.
-  thread_local std::unique_ptr<uint32_t, Free> packed;
-  if (!packed) packed.reset(static_cast<uint32_t*>(std::aligned_alloc(64, (kSizeA + kSizeB) * 4)));
-  uint32_t *packed_a = packed.get(), *packed_b = packed_a + kSizeA;
+  uint32_t *packed_a = packed_blocks(), *packed_b = packed_a + kSizeA;
   const auto* a = static_cast<const Number*>(p.a.data);
   const auto* b = static_cast<const Number*>(p.b.data);
   const auto* bias = static_cast<const float*>(p.bias);

@@ -1,7 +1,6 @@
 #include "walk.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace oodkern {
@@ -26,30 +25,6 @@ std::pair<int64_t, int64_t> share(int64_t size, int64_t parts, int64_t part) {
 }
 
 }  // namespace
-
-Operand::Operand(const Tensor& tensor, Storage read)
-    : rows_(as_rows(tensor)), stored_(storage_of(tensor)), read_(read) {
-  // BLAS takes 32-bit strides, and rows that do not overlap.
-  in_place_ = stored_ == read_ && rows_.stride >= rows_.columns && rows_.stride < (int64_t(1) << 31);
-}
-
-const void* Operand::row(int64_t i) const {
-  return at(rows_.data(), i * rows_.stride * bytes_of(stored_));
-}
-
-Matrix Operand::block(int64_t begin, int64_t count, void* buffer, bool copied) const {
-  const int64_t D = rows_.columns;
-  if (in_place_) return {row(begin), std::max<int64_t>(rows_.stride, 1)};
-  for (int64_t i = 0; i < count && !copied; ++i) {
-    void* target = at(buffer, i * D * bytes_of(read_));
-    if (stored_ == read_) {
-      std::memcpy(target, row(begin + i), D * bytes_of(read_));
-    } else {
-      tile_engine().widen(stored_, row(begin + i), D, target);
-    }
-  }
-  return {buffer, std::max<int64_t>(D, 1)};
-}
 
 struct Walk::Place {
   int64_t row, rows, column, columns;
@@ -87,9 +62,9 @@ void Walk::plan() {
     // With fewer rows a thread, packing the weights anew for every wave takes more than forming a tile twice.
     constexpr int64_t kFewest = 64;
     int64_t rows = wave_;
-    while (needs(rows, K) > budget && rows > kFewest * threads()) rows -= std::min<int64_t>(rows, 16);
-    const int64_t waves = (N + rows - 1) / std::max<int64_t>(rows, 1);
-    rows = (N + waves - 1) / std::max<int64_t>(waves, 1);
+    while (needs(rows, K) > budget && rows > kFewest * threads()) rows = std::max<int64_t>(rows - 16, 1);
+    const int64_t waves = std::max<int64_t>(1, (N + rows - 1) / rows);
+    rows = std::max<int64_t>(1, (N + waves - 1) / waves);
     if (needs(rows, K) <= budget) wave_ = rows, slice_ = std::max<int64_t>(K, 1), whole_ = true;
   }
   while (needs(wave_, slice_) > budget && (wave_ > 16 || slice_ > 16)) {
@@ -154,19 +129,19 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
     return operand.block(p.row + first, count, own, !p.copy_x);
   };
   const Matrix xs = rows_of(x, x_), ws = w.block(p.column, p.columns, w_, true);
-  const auto real_of = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
+  const auto of_slice = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
   void* const z = at(z_, first * stride_ * real());
   void* const t = second ? at(t_, first * stride_ * real()) : nullptr;
-  multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, real_of(bias)});
+  multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, of_slice(bias)});
   Matrix vs{}, us{};
   if (second) {
     if (v) {
       vs = rows_of(*v, v_);
-      multiply({x.read(), false, true, count, p.columns, D, vs, ws, t, stride_, false, real_of(bias_t)});
+      multiply({x.read(), false, true, count, p.columns, D, vs, ws, t, stride_, false, of_slice(bias_t)});
     }
     for (int64_t i = 0; i < count && !v; ++i) {
       void* row = at(t, i * stride_ * real());
-      bias_t ? std::memcpy(row, real_of(bias_t), p.columns * real()) : std::memset(row, 0, p.columns * real());
+      bias_t ? std::memcpy(row, of_slice(bias_t), p.columns * real()) : std::memset(row, 0, p.columns * real());
     }
     if (u) {
       us = u->block(p.column, p.columns, u_, true);
@@ -285,18 +260,6 @@ void Walk::run(Workspace& workspace, const Visit& on_rows, const Visit& on_colum
     for (int64_t i = 0; i < waves; ++i) place(i, j, true, i == 0, rows != nullptr);
   }
   dx = rows;
-}
-
-std::vector<char> inverse_norms(const Operand& operand, int64_t first, int64_t count, double factor) {
-  return reals(operand.read() == Storage::kFloat64, count, [&](int64_t i) {
-    const double square = tile_engine().square_sum(operand.stored(), operand.row(first + i), operand.columns());
-    return square == 0 ? 0.0 : factor / std::sqrt(square);
-  });
-}
-
-std::vector<char> reals_of(bool wide, const Column& column, int64_t first, int64_t count, double factor) {
-  return reals(wide, count,
-               [&](int64_t i) { return factor * real_of(wide, column.data(), (first + i) * column.stride); });
 }
 
 }  // namespace oodkern

@@ -35,7 +35,7 @@ def upstreams(slopes: Iterable[tuple[Slopes, Tensor]]) -> dict[Key, Upstream]:
         if all(slope.hinge == 0 for slope, _ in of):
             return Upstream(linear)
         hinge = torch.stack([slope.hinge * weight for slope, weight in of]).sum(0)
-        margin = torch.stack([slope.margin * (weight != 0) for slope, weight in of]).sum(0, dtype=linear.dtype)
+        margin = torch.stack([slope.margin * (weight != 0).to(weight) for slope, weight in of]).sum(0)
         return Upstream(linear, hinge, margin)
 
     return {key: combined(key) for key in {key for part, _ in parts for key in part}}

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oodkern.backends import backend_for
 from oodkern.losses._checks import check_choice, check_fused, check_logit_rows, check_target
 from oodkern.losses._slopes import Key, Slope, Slopes, upstreams
 from oodkern.losses.logits import FusedLogits, FusedPart, GivenLogits, Head, Logits
 from oodkern.ops import Upstream
 from oodkern.ops._checks import score_dtype
+from oodkern.ops._foreseen import can_foresee
 from oodkern.ops._product import autocast
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
@@ -172,16 +174,17 @@ class OutlierLoss(nn.Module):
         if n_id is None:
             is_ood = self._outliers(target, is_ood)
             logits = FusedLogits(features, head, target)
-            logits.foreseen = self._foreseen(features, K, is_ood)
+            logits.foreseen = self._foreseen(features, head, K, is_ood)
             return self._mixed(logits, target, is_ood, return_parts)
         whole = FusedLogits(features, head)
-        whole.foreseen = self._foreseen(features, K, torch.arange(N, device=features.device) >= n_id)
+        whole.foreseen = self._foreseen(features, head, K, torch.arange(N, device=features.device) >= n_id)
         known, unknown = FusedPart(whole, slice(None, n_id), target), FusedPart(whole, slice(n_id, None))
         return self._split(known, target, unknown, (n_id, N - n_id), return_parts)
 
-    def _foreseen(self, features: Tensor, classes: int, is_ood: Tensor) -> dict[Key, Upstream]:
+    def _foreseen(self, features: Tensor, head: Head, classes: int, is_ood: Tensor) -> dict[Key, Upstream]:
         """The upstream gradients of the scores of all rows, times one factor."""
-        if self.reduction == "none" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        backend = backend_for("linear_energy", features, classes)
+        if self.reduction == "none" or not can_foresee(backend, features, head.weight, head.bias):
             return {}
         parts = [rows.to(score_dtype(features)) for rows in (~is_ood, is_ood)]
         if self.reduction == "mean":

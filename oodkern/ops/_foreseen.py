@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from oodkern.ops._checks import score_dtype
+from oodkern.ops._checks import check_tensor, score_dtype
 from oodkern.ops._linear_score import LinearScoreGradient
 from oodkern.ops._product import check_beside, raw, wanted
 
@@ -23,7 +24,8 @@ class Upstream(NamedTuple):
 
     The sign is the hinge's: positive hinges act above the margin, negative ones below it. Each is [N], in the dtype of
     the score; the factor is the same for all rows, and need not be known. What comes back is compared with it: where
-    it is another one, gradients are formed anew, at the cost of two products more than without.
+    it is another one, or bfloat16 gradients are to be multiplied by what is no power of two (which would round them
+    again), or a second derivative is asked for, gradients are formed anew, at two products more than without.
     """
 
     linear: Tensor
@@ -37,6 +39,7 @@ class Upstream(NamedTuple):
         for name, value in self._asdict().items():
             if value is None:
                 continue
+            check_tensor(value, f"upstream.{name}")
             if value.shape != features.shape[:1] or value.dtype != dtype:
                 raise ValueError(
                     f"upstream.{name}: expected [{len(features)}] of {str(dtype).removeprefix('torch.')}, one number a "
@@ -52,20 +55,32 @@ class Upstream(NamedTuple):
         return Upstream(self.linear[rows], hinge, margin)
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether numbers can be looked at: not those of fake tensors, of traces and of torch.vmap's batches."""
+    return (
+        _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and not any("Batched" in torch._C._dispatch_key_set(tensor) for tensor in tensors)
+    )
+
+
 def can_foresee(backend: str, *tensors: Tensor | None) -> bool:
     """Whether gradients can be formed with the score, and may be asked for.
 
-    Not under torch.compile and torch.func, where an upstream cannot be looked at; nor in float16, whose gradients
-    would leave the range before the loss's scale is known.
+    Not where an upstream cannot be looked at (torch.compile, torch.func, fake tensors); not where tensors are to be
+    saved elsewhere or formed again (saved-tensor hooks, checkpointing), since gradients would not be; nor in float16,
+    whose gradients would leave the range before the loss's scale is known.
     """
-    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
     return (
         backend == "native"
-        and wanted
-        and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and all(tensor is None or tensor.dtype != torch.float16 for tensor in tensors)
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in given)
+        and all(tensor.dtype != torch.float16 for tensor in given)
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and readable(*given)
     )
 
 
@@ -119,8 +134,9 @@ class ForeseenScore(torch.autograd.Function):
         ctx.save_for_backward(features, weight, bias, value, upstream, linear)
         ctx.mark_non_differentiable(upstream, *gradients)
         ctx.set_materialize_grads(False)
-        # Handed out once, scaled in place; a second backward pass forms them anew.
-        ctx.gradients = gradients
+        # Handed out once, scaled in place; a second backward pass forms them anew. There is no upstream where none were
+        # formed: rows of logits so long that waves hold slices of them.
+        ctx.gradients = gradients if len(upstream) == len(value) else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
@@ -130,7 +146,7 @@ class ForeseenScore(torch.autograd.Function):
         features, weight, bias, value, upstream, linear = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None and not torch.is_grad_enabled():
+        if gradients is not None and not torch.is_grad_enabled() and readable(grad):
             factor = factor_of(grad, upstream, linear, features.dtype == torch.bfloat16)
             if factor is not None:
                 scaled = gradients if factor == 1.0 else [gradient.mul_(factor) for gradient in gradients]

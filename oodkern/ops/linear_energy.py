@@ -44,7 +44,8 @@ def linear_energy(
         bias: [K] or None.
         temperature: T > 0, in units of the logits.
         upstream: what the gradient that comes back will be, where the caller can tell (see `Upstream`): on the CPU
-            gradients are then formed with the energies, of three products instead of four.
+            gradients are then formed with the energies and held until the backward pass, of three products instead of
+            four, where rows of logits fit into what is held.
 
     Returns:
         [N], in units of the logits; float32 (float64 for float64 features), also under autocast, and with logits
@@ -104,6 +105,8 @@ def _linear_score(
     upstream: Upstream | None,
 ) -> Tensor:
     if upstream is not None:
+        if not isinstance(upstream, Upstream):
+            raise TypeError(f"upstream: expected an oodkern.Upstream or None, got {type(upstream).__name__}")
         upstream.check(features)
     features, weight, bias = autocast(features, weight, bias)
     backend = backend_for("linear_energy", features, len(weight))

@@ -1,15 +1,15 @@
-"""Room `select`: assignment to centers."""
+"""Room `select`: assignment to centers, extremes of clusters. (The streaming top-k is in `top_k`.)"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._checks import score_dtype
+from oodkern.ops._checks import check_floating, check_tensor, score_dtype
 from oodkern.ops._product import check_beside, check_matrix, raw, register_fake
 
 
@@ -49,9 +49,76 @@ def nearest_center(features: Tensor, centers: Tensor) -> NearestCenter:
     return NearestCenter(*raw(backend, "nearest_center", features, centers))
 
 
+class ClusterExtremes(NamedTuple):
+    """lowest and highest, each [clusters, per_side] int64."""
+
+    lowest: Tensor
+    highest: Tensor
+
+
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@torch.no_grad()
+def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: int = 1) -> ClusterExtremes:
+    """The samples of lowest and of highest score in each cluster, as indices into `score`.
+
+    Args:
+        score: [N], float64, float32, bfloat16 or float16.
+        cluster: [N], integers in 0..clusters-1, the cluster of each sample.
+        clusters: how many clusters there are.
+        per_side: how many samples of each end.
+
+    Returns:
+        `ClusterExtremes(lowest, highest)`, each [clusters, per_side] int64: the lowest first and the highest first, of
+        equal scores the lower index first; -1 where a cluster has fewer members. A cluster with fewer than
+        2 per_side members has some of them on both sides. A NaN is no score: its sample is never among the extremes.
+
+    One pass and no sort: O(N log per_side). Not differentiable. Raises TypeError or ValueError for an argument of the
+    wrong kind or shape, or for a cluster out of range where that is seen without waiting for a device (on the CPU).
+
+    Source: the sampling of GReg+, which takes the outliers of lowest and of highest energy from each cluster.
+    """
+    check_floating(score, "score")
+    if score.dim() != 1:
+        raise ValueError(f"score: expected [N], one number a sample, got {list(score.shape)}")
+    check_tensor(cluster, "cluster")
+    if cluster.dtype not in LABELS:
+        raise TypeError(f"cluster: expected integers, got {str(cluster.dtype).removeprefix('torch.')}")
+    if cluster.shape != score.shape:
+        raise ValueError(f"cluster: expected {list(score.shape)} as score is, got {list(cluster.shape)}")
+    check_beside(cluster, "cluster", score, "score", dtype=False)
+    check_count(clusters, "clusters", 0)
+    check_count(per_side, "per_side", 1)
+    if len(cluster) and cluster.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in cluster.aminmax())
+        if low < 0 or high >= clusters:
+            raise ValueError(f"cluster: expected 0..{clusters - 1}, got {low if low < 0 else high}")
+    score, cluster = reference.widen(score), cluster.long()
+    backend = backend_for("extremes", score, 0)
+    if backend == "reference":
+        return ClusterExtremes(*reference.cluster_extremes(score, cluster, clusters, per_side))
+    return ClusterExtremes(*raw(backend, "cluster_extremes", score, cluster, clusters, per_side))
+
+
+def check_count(value: Any, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+
+
 def _fake_nearest(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     rows = features.shape[0]
     return features.new_empty(rows, dtype=torch.int64), features.new_empty(rows, dtype=score_dtype(features))
 
 
 register_fake("nearest_center", _fake_nearest)
+
+
+def _fake_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: int) -> tuple[Tensor, Tensor]:
+    lowest, highest = (score.new_empty((clusters, per_side), dtype=torch.int64) for _ in range(2))
+    return lowest, highest
+
+
+register_fake("cluster_extremes", _fake_extremes)

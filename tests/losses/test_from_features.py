@@ -244,18 +244,19 @@ def test_rows_go_through_the_head_once(monkeypatch, loss, passes):
 @pytest.mark.parametrize(
     ("loss", "passes"),
     [
-        (EnergyLoss(margin_in=-3.0, margin_out=2.0), (N + M,)),
-        (EnergyLoss(margin_in=-3.0, margin_out=2.0, temperature=2.0), (N + M, N)),
-        (EnergyLoss(margin_in=-9.0, margin_out=-1.0, multi_label=True), (N + M,)),
-        (OutlierExposureLoss(), (N + M,)),
-        (OutlierExposureLoss(multi_label=True), (N + M,)),
+        (EnergyLoss(0.3, -3.1, 2.3), (N + M,)),
+        (EnergyLoss(0.3, -3.1, 2.3, temperature=2.0), (N + M, N)),
+        (EnergyLoss(0.3, -9.1, -1.3, multi_label=True), (N + M,)),
+        (OutlierExposureLoss(0.3), (N + M,)),
+        (OutlierExposureLoss(0.3, multi_label=True), (N + M,)),
         (ClassificationLoss(), (N,)),
         (ClassificationLoss(multi_label=True), (N,)),
     ],
 )
-def test_gradients_are_formed_with_the_scores(loss, passes, reduction, style):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_formed_with_the_scores(loss, passes, reduction, style, dtype):
     """The loss knows its slopes: three products a pass, where a reduction says what each row counts."""
-    tensors, target = batch(loss.multi_label, torch.float32)
+    tensors, target = batch(loss.multi_label, dtype)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     loss.reduction = reduction
     before = torch.ops.oodkern.multiplications()
@@ -267,6 +268,26 @@ def test_gradients_are_formed_with_the_scores(loss, passes, reduction, style):
     rows = sum(passes) if style == "split" else len(passes) * (N + M)
     products = 4 if reduction == "none" else 3
     assert torch.ops.oodkern.multiplications() - before == products * rows * K * D
+
+
+@pytest.mark.parametrize("n_id", [0, N + M])
+@pytest.mark.parametrize("kind", [EnergyLoss, OutlierExposureLoss])
+def test_gradients_are_formed_with_the_scores_of_one_part(kind, n_id):
+    tensors, _ = batch(False, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    before = torch.ops.oodkern.multiplications()
+    torch.autograd.grad(kind().from_features(*leaves, torch.zeros(n_id, dtype=torch.long), n_id), leaves)
+    assert torch.ops.oodkern.multiplications() - before == 3 * (N + M) * K * D
+
+
+def test_batched_gradients():
+    tensors, target = batch(False)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    value = EnergyLoss().from_features(*leaves, target, N)
+    once = torch.autograd.grad(value, leaves, retain_graph=True)
+    several = torch.autograd.grad(value, leaves, torch.tensor([1.0, -2.0]).double(), is_grads_batched=True)
+    for one, both in zip(once, several, strict=True):
+        assert torch.allclose(both, torch.stack([one, -2 * one]))
 
 
 @pytest.mark.parametrize("multi", [False, True])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from oracle import assert_two_sided, like, memory_events
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oodkern
 from oodkern import Upstream, _native, reference
@@ -197,6 +198,9 @@ def test_where_nothing_can_be_foreseen():
     with Products(shape) as products:
         oodkern.linear_energy(*halves, upstream=upstream)
     assert products.count == 1
+    with torch.autograd.graph.save_on_cpu(), Products(shape) as products:
+        oodkern.linear_energy(x, w, b, upstream=upstream)
+    assert products.count == 1
     w, b = w.detach(), b.detach()
 
     def total(x):
@@ -209,18 +213,22 @@ def test_where_nothing_can_be_foreseen():
     assert torch.allclose(one(x.detach()) * g[:, None], plain, atol=1e-6)
     compiled = torch.compile(total, fullgraph=True)
     assert torch.allclose(torch.autograd.grad(compiled(x), x)[0], plain, atol=1e-6)
+    batched = torch.autograd.grad(total(x), x, torch.tensor([1.0, 3.0]), is_grads_batched=True)[0]
+    assert torch.allclose(batched, torch.stack([plain, 3 * plain]), atol=1e-5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        assert torch.autograd.grad(total(fake), fake)[0].shape == x.shape
     with oodkern.backend("reference"):
         assert torch.allclose(torch.autograd.grad(total(x), x)[0], plain, atol=1e-5)
 
 
 def test_workspace():
     """Beyond arguments, results and gradients less than 16 MiB, also for whole rows of many classes."""
-    x, w, b = head((600, 64, 20_000), torch.float32)
-    g = like(torch.empty(600))
-    for dtype in (torch.float32, torch.bfloat16):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+    for shape, dtype in itertools.product([(600, 64, 20_000), (600, 3, 150_000)], (torch.float32, torch.bfloat16)):
+        leaves = head(shape, dtype)
+        g = like(torch.empty(600))
         sizes = sum(t.numel() * t.element_size() for t in leaves)
-        held = memory_events(lambda leaves=leaves: oodkern.linear_energy(*leaves, upstream=Upstream(g)))
+        held = memory_events(lambda leaves=leaves, g=g: oodkern.linear_energy(*leaves, upstream=Upstream(g)))
         assert max(itertools.accumulate(held)) <= sizes + (16 << 20)
 
 
@@ -232,6 +240,12 @@ def test_workspace():
 ])  # fmt: skip
 def test_rejects_what_it_cannot_use(upstream, message):
     with pytest.raises(ValueError, match=message):
+        oodkern.linear_energy(torch.randn(5, 3), torch.randn(4, 3, requires_grad=True), upstream=upstream)
+
+
+@pytest.mark.parametrize("upstream", [torch.ones(5), Upstream(1.0)])
+def test_rejects_what_is_no_upstream(upstream):
+    with pytest.raises(TypeError, match=r"upstream.*: expected .* got (Tensor|float)"):
         oodkern.linear_energy(torch.randn(5, 3), torch.randn(4, 3, requires_grad=True), upstream=upstream)
 
 

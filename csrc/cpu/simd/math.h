@@ -26,6 +26,7 @@ struct Double {
   static OODKERN_INLINE Real infinity() { return __builtin_inf(); }
   static OODKERN_INLINE Real absolute(Real x) { return __builtin_fabs(x); }
   static OODKERN_INLINE Real exp_of_negative(Real x) { return __builtin_exp(x); }
+  static OODKERN_INLINE Real exp(Real x) { return __builtin_exp(x); }
   static OODKERN_INLINE Real exp2(Real x) { return __builtin_exp2(x); }
   static OODKERN_INLINE Real log(Real x) { return __builtin_log(x); }
   static OODKERN_INLINE Real log1p_unit(Real x) { return __builtin_log1p(x); }
@@ -72,8 +73,13 @@ struct Float {
   // exp(x) for x <= 0: 2^n exp(r), |r| <= ln(2) / 2; exp(r) = 1 + r + r^2 q(r), a minimax fit with
   // relative error 3.1e-9. ln 2 in two parts keeps r exact: for very negative logits softplus is
   // exp(-|z|) itself, and its relative error is all there is. -88 rounds to n = -127, that is to 0.
-  static OODKERN_INLINE Real exp_of_negative(Real x) {
-    const float clamped = x < -88.0f ? -88.0f : x;
+  static OODKERN_INLINE Real exp_of_negative(Real x) { return exp_of_clamped(x < -88.0f ? -88.0f : x); }
+  // Of either sign: 89 rounds to n = 128, that is to +inf, and so does what is above 2^127.5.
+  static OODKERN_INLINE Real exp(Real x) {
+    const float above = x < -88.0f ? -88.0f : x;
+    return exp_of_clamped(above > 89.0f ? 89.0f : above);
+  }
+  static OODKERN_INLINE Real exp_of_clamped(Real clamped) {
     const float shifted = clamped * 1.44269504f + kRound;
     const float n = shifted - kRound;
     const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;

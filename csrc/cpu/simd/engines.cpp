@@ -1,0 +1,18 @@
+// The engines of one instruction set. Compiled once per instruction set.
+#include "../engines.h"
+
+namespace oodkern::OODKERN_ISA {
+
+void run_rows(const RowCall&, int64_t, int64_t);
+extern const TileEngine tile_engine;
+void run_heads(const HeadCall&, int64_t, int64_t);
+void run_distillation(const DistillCall&, int64_t, int64_t);
+extern const ClubEngine club_engine;
+extern const ScanEngine scan_engine;
+
+const Engines& engines() {
+  static const Engines all = {run_rows, tile_engine, run_heads, run_distillation, club_engine, scan_engine};
+  return all;
+}
+
+}  // namespace oodkern::OODKERN_ISA
