@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   m.def("joint_energy_backward(Tensor grad, Tensor logits) -> Tensor");
   m.def("joint_energy_double_backward(Tensor cotangent, Tensor grad, Tensor logits) -> (Tensor, Tensor)");
 
-  // Training heads: `head` is "oe", "energy_in", "energy_out" (of a margin) or "bce" (of targets [..., K], any dtype);
+  // Room `heads`: `head` is "oe", "energy_in", "energy_out" (of a margin) or "bce" (of targets [..., K], any dtype);
   // the loss, [..., 3] what the gradient needs of a row ([..., 0] for "bce"), and the gradient for an `upstream` that
   // is there already, [..., 0] elsewhere.
   m.def("head(str head, Tensor logits, Tensor? target, float margin, Tensor? upstream) -> (Tensor, Tensor, Tensor)");

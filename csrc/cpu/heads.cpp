@@ -1,4 +1,4 @@
-// Training heads of room `energy` on the CPU: losses of given logits whose slopes are known with their values.
+// Room `heads` on the CPU: losses of given logits whose slopes are known with their values.
 #include "heads.h"
 
 #include <optional>

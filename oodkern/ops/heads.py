@@ -1,4 +1,4 @@
-"""Training heads of room `energy`: losses of given logits whose slopes are known as soon as their values are.
+"""Room `heads`: losses of given logits whose slopes are known as soon as their values are.
 
 With p = softmax(z), E = -logsumexp(z) and an upstream gradient g of a row:
 
@@ -54,7 +54,7 @@ def oe_head(logits: Tensor, *, upstream: Tensor | float | None = None) -> Tensor
     """
     check_logits(logits)
     upstream = _foreseen(upstream, logits)
-    if backend_for("energy", logits) == "reference":
+    if backend_for("heads", logits) == "reference":
         return reference.oe_head(logits)
     return _apply("oe", logits, None, 0.0, upstream)
 
@@ -82,7 +82,7 @@ def energy_head(logits: Tensor, margin: float, side: str, *, upstream: Tensor | 
     if side not in ("in", "out"):
         raise ValueError(f"side: expected 'in' or 'out', got {side!r}")
     upstream = _foreseen(upstream, logits)
-    if backend_for("energy", logits) == "reference":
+    if backend_for("heads", logits) == "reference":
         return reference.energy_head(logits, margin, side)
     return _apply(f"energy_{side}", logits, None, margin, upstream)
 
@@ -115,7 +115,7 @@ def bce_head(logits: Tensor, target: Tensor, *, upstream: Tensor | float | None 
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError("target: expected a tensor that requires no gradient, as it gets none; pass target.detach()")
     upstream = _foreseen(upstream, logits)
-    if backend_for("energy", logits) == "reference":
+    if backend_for("heads", logits) == "reference":
         return reference.bce_head(logits, target)
     return _apply("bce", logits, target, 0.0, upstream)
 

@@ -221,6 +221,13 @@ class TestRows:
         assert sum(backward) <= size + size // 64, f"allocated {backward} for {size}"
 
 
+def test_other_devices_take_the_reference():
+    student, teacher = (torch.empty(5, 7, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    value = oodkern.distillation(student.requires_grad_(), teacher)
+    assert (value.shape, value.dtype, value.device.type) == ((5,), torch.float32, "meta")
+    assert torch.autograd.grad(value.sum(), student)[0].dtype == torch.bfloat16
+
+
 def test_rejects_what_it_cannot_compute():
     z = torch.randn(4, 5)
     with pytest.raises(TypeError, match=r"student_logits: expected a torch\.Tensor, got list"):

@@ -1,0 +1,148 @@
+"""Room `heads`, gradients that are formed with their values: what comes back is compared with what was foreseen."""
+
+import pytest
+import torch
+from oracle import allocations, largest, like
+
+import oodkern
+from oodkern.ops import heads
+
+MARGIN = -7.0
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def labels(z):
+    """Of a position in the row alone, so that they are the same for every view of the rows."""
+    return (torch.arange(z.shape[-1]) % 3 == 0).expand(z.shape)
+
+
+HEADS = {
+    "oe": oodkern.oe_head,
+    "energy in": lambda z, **k: oodkern.energy_head(z, MARGIN, "in", **k),
+    "energy out": lambda z, **k: oodkern.energy_head(z, MARGIN, "out", **k),
+    "bce": lambda z, **k: oodkern.bce_head(z, labels(z), **k),
+}
+
+
+@pytest.fixture(params=HEADS)
+def function(request):
+    return HEADS[request.param]
+
+
+def random(shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * 3).to(dtype)
+
+
+def gradient_of(function, z, grad, **keywords):
+    leaf = z.detach().requires_grad_()
+    return torch.autograd.grad(function(leaf, **keywords), leaf, grad)[0]
+
+
+class Passes:
+    """How often gradients are formed anew within."""
+
+    def __enter__(self):
+        self.count, self.before = 0, heads.raw
+
+        def counted(backend, name, *arguments):
+            self.count += name == "head_backward"
+            return self.before(backend, name, *arguments)
+
+        heads.raw = counted
+        return self
+
+    def __exit__(self, *_):
+        heads.raw = self.before
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_foreseen_is_handed_out(function, dtype):
+    """Of a sum nothing need be said in float32; the mean's 1 / N, or any [N], may be."""
+    z = random((24, 50), dtype)
+    score = torch.promote_types(dtype, torch.float32)
+    sixteen = dtype in FLOATS[2:]
+    uneven = like(torch.empty(24, dtype=score))
+    nearly = torch.ones(24, dtype=score)
+    nearly[7] = 1.01
+    for grad, told, anew in (
+        (torch.ones(24, dtype=score), None, sixteen),
+        (torch.full((24,), 1 / 24, dtype=score), 1 / 24, False),
+        (uneven, uneven, False),
+        (uneven, None, sixteen),
+        (uneven, 0.25, True),
+        (uneven * 0.3, uneven, sixteen),
+        (uneven * 4, uneven, dtype == torch.float16),
+        (nearly * uneven, uneven, True),
+        (nearly, None, sixteen),
+    ):
+        with Passes() as passes:
+            ours = gradient_of(function, z, grad, upstream=told)
+        assert passes.count == anew, (grad[:2], told)
+        with Passes() as passes:
+            leaf = z.detach().requires_grad_()
+            value = function(leaf)
+            value.backward(grad, create_graph=True)  # always formed anew
+        assert passes.count == 1
+        error = (ours.double() - leaf.grad.double()).abs()
+        # A unit in the last place of 16 bits, where roundings of the factor decide between two numbers.
+        unit = torch.finfo(dtype).eps if sixteen else 4 * torch.finfo(dtype).eps
+        size = leaf.grad.double().abs() if sixteen else largest(leaf.grad.double())
+        assert (error <= unit * size + torch.finfo(dtype).tiny).all()
+
+
+def test_mean_and_weighted_mean(function):
+    z = random((37, 50))
+    for weight in (1.0, 0.1):
+        leaf = z.clone().requires_grad_()
+        with Passes() as passes:
+            (weight * function(leaf, upstream=weight / 37).mean()).backward()
+        assert passes.count == 0
+        exact = gradient_of(function, z.double(), torch.full((37,), weight / 37).double())
+        torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_backward_pass(function):
+    """The first one multiplied what was formed, in place: the second forms it anew."""
+    leaf, grad = random((9, 20)).requires_grad_(), like(torch.empty(9))
+    value = function(leaf)
+    first = torch.autograd.grad(value, leaf, grad, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(value, leaf, grad)[0]
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-7)
+    assert torch.equal(first, kept)
+
+
+def test_an_upstream_that_changes_is_noticed(function):
+    leaf, told = random((9, 20)).requires_grad_(), torch.ones(9)
+    value = function(leaf, upstream=told)
+    told.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward(told)
+
+
+def test_no_gradient_without_need(function):
+    """Neither without gradients, nor of logits that require none, is one allocated."""
+    z = random((64, 1000))
+    function(z)
+    assert sum(allocations(lambda: function(z))) < z.nbytes // 8
+    leaf = z.clone().requires_grad_()
+    with torch.no_grad():
+        assert sum(allocations(lambda: function(leaf))) < z.nbytes // 8
+    function(leaf)
+    formed = allocations(lambda: function(leaf))
+    assert z.nbytes <= sum(formed) < z.nbytes + z.nbytes // 8
+    value, grad = function(leaf), like(z[:, 0])
+    backward = allocations(lambda: torch.autograd.grad(value, leaf, grad))
+    assert sum(backward) < z.nbytes // 8  # in place
+
+
+def test_rejects(function):
+    z = random((4, 5)).requires_grad_()
+    with pytest.raises(ValueError, match=r"upstream: expected \[4\] of float32, .* got \[5\] of float32"):
+        function(z, upstream=torch.ones(5))
+    with pytest.raises(ValueError, match=r"upstream: expected \[4\] of float32, .* got \[4\] of float64"):
+        function(z, upstream=torch.ones(4, dtype=torch.float64))
+    for wrong in ("1", True):
+        with pytest.raises(TypeError, match="upstream: expected a number or a tensor, got"):
+            function(z, upstream=wrong)
