@@ -5,7 +5,7 @@ import torch
 
 import oodkern
 from oodkern import backends, reference
-from oodkern.backends import KERNELS, BACKENDS, KERNELS, available_backends, backend, choose_backend
+from oodkern.backends import BACKENDS, KERNELS, available_backends, backend, choose_backend
 
 
 def test_choice_is_a_function_of_its_arguments():
