@@ -1,0 +1,351 @@
+// Runs CUDA kernels on the CPU: g++ compiles the same headers that nvcc does, with this one in the place of the CUDA
+// runtime. Every thread of a block is a fiber; barriers and warp operations are rendezvous of fibers, and a rendezvous
+// that cannot complete is an error that says who waits where. Threads run in an order that the caller chooses, so that
+// what depends on it shows; shared memory (shared.h) reports races whatever the order. Nothing here is thread-safe.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+namespace emulator {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = size_t(256) << 10;
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+enum class Order { kAscending, kDescending, kShuffled };
+
+// Where a fiber waits. Two fibers meet only at the same operation of the same line.
+struct Rendezvous {
+  const char* operation = nullptr;
+  const char* file = nullptr;
+  int line = 0;
+  uint32_t mask = 0;  // of a warp's lanes
+  bool of_block = false;
+
+  bool operator==(const Rendezvous& other) const {
+    return std::strcmp(operation, other.operation) == 0 && line == other.line && std::strcmp(file, other.file) == 0 &&
+           mask == other.mask && of_block == other.of_block;
+  }
+  std::string text() const {
+    const char* slash = std::strrchr(file, '/');
+    return std::string(operation) + " of " + (slash ? slash + 1 : file) + ":" + std::to_string(line);
+  }
+};
+
+struct Thread {
+  enum class State { kReady, kWaiting, kExited };
+  ucontext_t context;
+  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  unsigned index = 0;
+  State state = State::kReady;
+  Rendezvous at;
+  uint64_t given = 0;                   // to the warp operation
+  std::array<uint64_t, kWarp> taken{};  // of every lane, when it completed
+  unsigned barriers = 0;                // __syncthreads passed
+  std::array<unsigned, kWarp> known{};  // lane -> the last of its epochs that is ordered before this thread
+  unsigned lane() const { return index % kWarp; }
+};
+
+class Block;
+inline Block* current = nullptr;
+inline std::set<std::string> launched;  // names of kernels
+
+class Block {
+ public:
+  Index index, grid;
+  unsigned size;
+  size_t dynamic_bytes;
+  std::map<const void*, std::shared_ptr<void>> shared;  // by place of declaration
+  Thread* running = nullptr;
+
+  Block(unsigned threads, size_t dynamic) : size(threads), dynamic_bytes(dynamic), threads_(threads) {
+    for (unsigned i = 0; i < threads; ++i) threads_[i].index = i;
+  }
+
+  void run(const std::function<void()>& kernel, const std::vector<unsigned>& order) {
+    kernel_ = &kernel;
+    error_.clear();
+    shared.clear();
+    for (Thread& thread : threads_) start(thread);
+    for (bool moved = true; moved && error_.empty();) {
+      moved = false;
+      for (unsigned i : order) {
+        if (threads_[i].state != Thread::State::kReady) continue;
+        moved = true;
+        enter(threads_[i]);
+        if (!error_.empty()) break;
+      }
+    }
+    if (error_.empty()) explain_deadlock();
+    if (!error_.empty()) {
+      throw Error("block " + std::to_string(index.x) + ", " + error_);
+    }
+  }
+
+  // Waits until every thread of the group is at the same rendezvous.
+  void meet(const Rendezvous& place) {
+    Thread& self = *running;
+    if (!place.of_block && !(place.mask >> self.lane() & 1)) {
+      fail(place.text() + ": the mask leaves out lane " + std::to_string(self.lane()) + ", which takes part");
+    }
+    self.at = place;
+    self.state = Thread::State::kWaiting;
+    const std::vector<Thread*> group = members(place, self);
+    for (Thread* thread : group) {
+      if (thread->state != Thread::State::kWaiting || !(thread->at == place)) return leave(self);
+    }
+    complete(place, group);
+  }
+
+  [[noreturn]] void fail(const std::string& what) {
+    error_ = (running ? "thread " + std::to_string(running->index) + ": " : "") + what;
+    leave(*running);
+    __builtin_unreachable();
+  }
+
+ private:
+  std::vector<Thread> threads_;
+  ucontext_t scheduler_;
+  void* scheduler_fake_stack_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_size_ = 0;
+  const std::function<void()>* kernel_ = nullptr;
+  std::string error_;
+
+  static void entry() {
+    Block& block = *current;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_stack_size_);
+#endif
+    (*block.kernel_)();
+    block.running->state = Thread::State::kExited;
+    block.leave(*block.running, true);
+  }
+
+  void start(Thread& thread) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, entry, 0);
+    thread.state = Thread::State::kReady;
+    thread.barriers = 0;
+    thread.known.fill(0);
+    thread.known[thread.lane()] = 1;
+  }
+
+  void enter(Thread& thread) {
+    running = &thread;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, thread.stack.get(), kStack);
+#endif
+    swapcontext(&scheduler_, &thread.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
+#endif
+  }
+
+  void leave(Thread& thread, [[maybe_unused]] bool for_good = false) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, scheduler_stack_, scheduler_stack_size_);
+#endif
+    swapcontext(&thread.context, &scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(thread.fake_stack, &scheduler_stack_, &scheduler_stack_size_);
+#endif
+  }
+
+  std::vector<Thread*> members(const Rendezvous& place, const Thread& self) {
+    std::vector<Thread*> group;
+    const unsigned first = place.of_block ? 0 : self.index - self.lane();
+    for (unsigned i = 0; i < (place.of_block ? size : kWarp); ++i) {
+      if (!place.of_block && !(place.mask >> i & 1)) continue;
+      if (first + i >= size) fail(place.text() + ": the mask names lane " + std::to_string(i) + ", which is not there");
+      group.push_back(&threads_[first + i]);
+    }
+    return group;
+  }
+
+  void complete(const Rendezvous& place, const std::vector<Thread*>& group) {
+    const bool orders_memory = std::strcmp(place.operation, "__syncwarp") == 0;  // shuffles promise nothing of memory
+    std::array<unsigned, kWarp> known{};
+    for (Thread* thread : group) {
+      for (unsigned i = 0; orders_memory && i < kWarp; ++i) known[i] = std::max(known[i], thread->known[i]);
+    }
+    for (Thread* thread : group) {
+      thread->state = Thread::State::kReady;
+      thread->barriers += place.of_block;
+      if (place.of_block) continue;
+      for (Thread* other : group) thread->taken[other->lane()] = other->given;
+      if (orders_memory) {
+        thread->known = known;
+        ++thread->known[thread->lane()];
+      }
+    }
+  }
+
+  void explain_deadlock() {
+    std::map<std::string, std::vector<unsigned>> places;
+    bool waiting = false;
+    for (const Thread& thread : threads_) {
+      const bool exited = thread.state == Thread::State::kExited;
+      waiting |= !exited;
+      places[exited ? "have exited" : "wait at " + thread.at.text()].push_back(thread.index);
+    }
+    if (!waiting) return;
+    error_ = "threads diverge:";
+    for (const auto& [place, who] : places) {
+      error_ += " " + std::to_string(who.size()) + " (first " + std::to_string(who[0]) + ") " + place + ";";
+    }
+    error_.pop_back();
+  }
+};
+
+// How the next launches are run, and what becomes of out-of-order dependence.
+struct Settings {
+  Order order = Order::kAscending;
+  unsigned seed = 0;
+};
+inline Settings settings;
+
+inline std::vector<unsigned> in_order(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (settings.order == Order::kDescending) std::reverse(order.begin(), order.end());
+  if (settings.order == Order::kShuffled) std::shuffle(order.begin(), order.end(), std::mt19937(settings.seed));
+  return order;
+}
+
+// kernel<<<blocks, threads, dynamic_bytes>>>(arguments...)
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t dynamic_bytes,
+            Arguments... arguments) {
+  launched.insert(name);
+  if (!blocks || !threads || threads > 1024)
+    throw Error(std::string(name) + ": an invalid number of blocks or threads");
+  const std::function<void()> body = [&] { kernel(arguments...); };
+  Block block(threads, dynamic_bytes);
+  block.grid = {blocks, 1, 1};
+  current = &block;
+  for (unsigned i : in_order(blocks)) {
+    block.index = {i, 0, 0};
+    try {
+      block.run(body, in_order(threads));
+    } catch (const Error& error) {
+      current = nullptr;
+      throw Error(std::string(name) + ": " + error.what());
+    }
+  }
+  current = nullptr;
+}
+
+template <class T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <class T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// What lane `source` gave; a lane that the mask leaves out gave nothing.
+template <class T>
+T exchange(const char* operation, uint32_t mask, T value, unsigned source, const char* file, int line) {
+  Thread& self = *current->running;
+  self.given = to_bits(value);
+  current->meet({operation, file, line, mask, false});
+  if (!(mask >> source & 1))
+    current->fail(std::string(operation) + " reads lane " + std::to_string(source) + ", which the mask leaves out");
+  return from_bits<T>(self.taken[source]);
+}
+inline unsigned lane() {
+  return current->running->lane();
+}
+inline unsigned segment_end(int width) {
+  return (lane() / unsigned(width) + 1) * unsigned(width);
+}
+
+}  // namespace emulator
+
+#define OODKERN_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+#define threadIdx (emulator::Index{emulator::current->running->index, 0, 0})
+#define blockIdx (emulator::current->index)
+#define gridDim (emulator::current->grid)
+#define blockDim (emulator::Index{emulator::current->size, 1, 1})
+
+inline void __syncthreads(OODKERN_HERE) {
+  emulator::current->meet({"__syncthreads", file, line, 0, true});
+}
+inline void __syncwarp(uint32_t mask = 0xffffffffu, OODKERN_HERE) {
+  emulator::current->meet({"__syncwarp", file, line, mask, false});
+}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32, OODKERN_HERE) {
+  const unsigned first = emulator::segment_end(width) - unsigned(width);
+  return emulator::exchange("__shfl_sync", mask, value, first + unsigned(source) % unsigned(width), file, line);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, OODKERN_HERE) {
+  const unsigned other = emulator::lane() ^ unsigned(bits);
+  const unsigned source = other < emulator::segment_end(width) ? other : emulator::lane();
+  return emulator::exchange("__shfl_xor_sync", mask, value, source, file, line);
+}
+template <class T>
+T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, OODKERN_HERE) {
+  const unsigned other = emulator::lane() + delta;
+  const unsigned source = other < emulator::segment_end(width) ? other : emulator::lane();
+  return emulator::exchange("__shfl_down_sync", mask, value, source, file, line);
+}
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, OODKERN_HERE) {
+  emulator::exchange("__ballot_sync", mask, uint32_t(predicate != 0), emulator::lane(), file, line);
+  uint32_t ballot = 0;
+  for (unsigned i = 0; i < emulator::kWarp; ++i) {
+    if (mask >> i & 1) ballot |= uint32_t(emulator::current->running->taken[i] & 1) << i;
+  }
+  return ballot;
+}
+inline int __any_sync(uint32_t mask, int predicate, OODKERN_HERE) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
+inline int __all_sync(uint32_t mask, int predicate, OODKERN_HERE) {
+  return __ballot_sync(mask, predicate, file, line) == mask;
+}
