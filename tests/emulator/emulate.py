@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 from toolchain import find_compiler  # noqa: E402
 
-FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
-SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
 

@@ -4,6 +4,7 @@
 // what depends on it shows; shared memory (shared.h) reports races whatever the order. Nothing here is thread-safe.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -64,11 +65,58 @@ struct Rendezvous {
   }
 };
 
+// A stack of its own. ucontext changes the signal mask with every switch, which is two calls of the system, so it
+// serves to get onto the stack the first time and setjmp from then on; AddressSanitizer knows swapcontext alone.
+struct Fiber {
+  ucontext_t context;
+  jmp_buf place;
+  bool started = false;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+
+  Fiber() = default;
+  explicit Fiber(void (*entry)()) : stack(std::make_unique_for_overwrite<char[]>(kStack)) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack.get();
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+};
+inline Fiber scheduler;
+
+#if defined(__SANITIZE_ADDRESS__)
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_size = 0;
+inline void arrived(Fiber& self) {
+  __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_stack, &scheduler_stack_size);
+}
+inline void enter(Fiber& fiber) {
+  __sanitizer_start_switch_fiber(&scheduler.fake_stack, fiber.stack.get(), kStack);
+  swapcontext(&scheduler.context, &fiber.context);
+  __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
+}
+inline void leave(Fiber& fiber) {
+  __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler_stack, scheduler_stack_size);
+  swapcontext(&fiber.context, &scheduler.context);
+  arrived(fiber);
+}
+#else
+inline void arrived(Fiber&) {}
+inline void enter(Fiber& fiber) {
+  if (_setjmp(scheduler.place)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+inline void leave(Fiber& fiber) {
+  if (!_setjmp(fiber.place)) _longjmp(scheduler.place, 1);
+}
+#endif
+
 struct Thread {
   enum class State { kReady, kWaiting, kExited };
-  ucontext_t context;
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  Fiber fiber;
   unsigned index = 0;
   State state = State::kReady;
   Rendezvous at;
@@ -77,6 +125,15 @@ struct Thread {
   unsigned barriers = 0;                // __syncthreads passed
   std::array<unsigned, kWarp> known{};  // lane -> the last of its epochs that is ordered before this thread
   unsigned lane() const { return index % kWarp; }
+
+  Thread() : fiber(live) {}
+  void begin() {
+    state = State::kReady;
+    barriers = 0;
+    known.fill(0);
+    known[lane()] = 1;
+  }
+  static void live();  // one kernel after another
 };
 
 class Block;
@@ -91,28 +148,32 @@ class Block {
   std::map<const void*, std::shared_ptr<void>> shared;  // by place of declaration
   Thread* running = nullptr;
 
-  Block(unsigned threads, size_t dynamic) : size(threads), dynamic_bytes(dynamic), threads_(threads) {
-    for (unsigned i = 0; i < threads; ++i) threads_[i].index = i;
+  Block(unsigned threads, size_t dynamic) : size(threads), dynamic_bytes(dynamic) {
+    while (threads_.size() < threads) {
+      threads_.push_back(std::make_unique<Thread>());
+      threads_.back()->index = unsigned(threads_.size()) - 1;
+    }
   }
 
   void run(const std::function<void()>& kernel, const std::vector<unsigned>& order) {
     kernel_ = &kernel;
     error_.clear();
     shared.clear();
-    for (Thread& thread : threads_) start(thread);
+    for (unsigned i = 0; i < size; ++i) threads_[i]->begin();
     for (bool moved = true; moved && error_.empty();) {
       moved = false;
       for (unsigned i : order) {
-        if (threads_[i].state != Thread::State::kReady) continue;
+        if (threads_[i]->state != Thread::State::kReady) continue;
         moved = true;
-        enter(threads_[i]);
+        running = threads_[i].get();
+        enter(running->fiber);
         if (!error_.empty()) break;
       }
     }
     if (error_.empty()) explain_deadlock();
-    if (!error_.empty()) {
-      throw Error("block " + std::to_string(index.x) + ", " + error_);
-    }
+    if (error_.empty()) return;
+    threads_.clear();  // some are left in the middle of the kernel
+    throw Error("block " + std::to_string(index.x) + ", " + error_);
   }
 
   // Waits until every thread of the group is at the same rendezvous.
@@ -125,68 +186,22 @@ class Block {
     self.state = Thread::State::kWaiting;
     const std::vector<Thread*> group = members(place, self);
     for (Thread* thread : group) {
-      if (thread->state != Thread::State::kWaiting || !(thread->at == place)) return leave(self);
+      if (thread->state != Thread::State::kWaiting || !(thread->at == place)) return leave(self.fiber);
     }
     complete(place, group);
   }
 
   [[noreturn]] void fail(const std::string& what) {
     error_ = (running ? "thread " + std::to_string(running->index) + ": " : "") + what;
-    leave(*running);
+    leave(running->fiber);
     __builtin_unreachable();
   }
 
  private:
-  std::vector<Thread> threads_;
-  ucontext_t scheduler_;
-  void* scheduler_fake_stack_ = nullptr;
-  const void* scheduler_stack_ = nullptr;
-  size_t scheduler_stack_size_ = 0;
+  friend struct Thread;
+  inline static std::vector<std::unique_ptr<Thread>> threads_;  // of every block, one after another
   const std::function<void()>* kernel_ = nullptr;
   std::string error_;
-
-  static void entry() {
-    Block& block = *current;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_stack_size_);
-#endif
-    (*block.kernel_)();
-    block.running->state = Thread::State::kExited;
-    block.leave(*block.running, true);
-  }
-
-  void start(Thread& thread) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, entry, 0);
-    thread.state = Thread::State::kReady;
-    thread.barriers = 0;
-    thread.known.fill(0);
-    thread.known[thread.lane()] = 1;
-  }
-
-  void enter(Thread& thread) {
-    running = &thread;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, thread.stack.get(), kStack);
-#endif
-    swapcontext(&scheduler_, &thread.context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
-#endif
-  }
-
-  void leave(Thread& thread, [[maybe_unused]] bool for_good = false) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, scheduler_stack_, scheduler_stack_size_);
-#endif
-    swapcontext(&thread.context, &scheduler_);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(thread.fake_stack, &scheduler_stack_, &scheduler_stack_size_);
-#endif
-  }
 
   std::vector<Thread*> members(const Rendezvous& place, const Thread& self) {
     std::vector<Thread*> group;
@@ -194,7 +209,7 @@ class Block {
     for (unsigned i = 0; i < (place.of_block ? size : kWarp); ++i) {
       if (!place.of_block && !(place.mask >> i & 1)) continue;
       if (first + i >= size) fail(place.text() + ": the mask names lane " + std::to_string(i) + ", which is not there");
-      group.push_back(&threads_[first + i]);
+      group.push_back(threads_[first + i].get());
     }
     return group;
   }
@@ -220,7 +235,8 @@ class Block {
   void explain_deadlock() {
     std::map<std::string, std::vector<unsigned>> places;
     bool waiting = false;
-    for (const Thread& thread : threads_) {
+    for (unsigned i = 0; i < size; ++i) {
+      const Thread& thread = *threads_[i];
       const bool exited = thread.state == Thread::State::kExited;
       waiting |= !exited;
       places[exited ? "have exited" : "wait at " + thread.at.text()].push_back(thread.index);
@@ -233,6 +249,16 @@ class Block {
     error_.pop_back();
   }
 };
+
+inline void Thread::live() {
+  Thread& self = *current->running;
+  arrived(self.fiber);
+  for (;;) {
+    (*current->kernel_)();
+    self.state = State::kExited;
+    leave(self.fiber);
+  }
+}
 
 // How the next launches are run, and what becomes of out-of-order dependence.
 struct Settings {
