@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from bar import OpBar
 from emulate import ORDERS, library, sanitized
+from energy_cases import CudaBar, energy_op, joint_energy_op, launch_every_kernel
 from layouts import FLOATS
-from op import Op
 from oracle import like, value_and_gradients
 from rows import EmulatedOps
 
 import oodkern
-from oodkern import reference
 from oodkern.ops import _autograd
-
-# Rows in the registers of 8 lanes, of 32, and in blocks; one lane's vector, a warp's, and one element more or less.
-SHAPES = [
-    ((3, 5),),
-    ((2, 3, 4),),
-    ((1, 1),),
-    ((35, 10),),
-    ((9, 64),),
-    ((3, 65),),
-    ((5, 256),),
-    ((4, 257),),
-    ((2, 1000),),
-    ((2, 1024),),
-    ((2, 1025),),
-    ((1, 9000),),
-    ((9, 2500),),
-]
 
 
 @pytest.fixture(scope="session")
@@ -44,35 +27,8 @@ def in_the_emulator(emulated, monkeypatch):
     monkeypatch.setattr(_autograd, "_raw", emulated.raw)
 
 
-def largest_finite(z):
-    """Rounding E, as large as the logits, moves E / T and with it every softmax of the row by that much."""
-    return z.abs().nan_to_num(0.0, 0.0).amax(-1, keepdim=True) if z.shape[-1] else torch.zeros(())
-
-
-class EmulatedBar(OpBar):
-    """The bar without what is about PyTorch or the CPU's kernels; the orders of threads instead."""
-
-    test_every_instruction_set = test_uses_all_threads = test_no_temporary_larger_than_the_output = None
-    test_opcheck = test_compile_fullgraph = test_compiled_func_grad = test_autocast_returns_float32 = None
-    test_third_derivative_is_refused = test_forward_mode_raises = test_saved_tensor_hooks = None
-    test_func_grad_and_vmap = test_rejects_what_it_cannot_compute = None
-
-    def test_gradcheck(self):
-        for shapes in self.op.shapes[:2]:
-            inputs = [tensor.requires_grad_() for tensor in self.op.inputs(shapes, torch.float64)]
-            assert torch.autograd.gradcheck(self.op.function, inputs)
-
-    def test_gradgradcheck(self):
-        for shapes in self.op.shapes[:2]:
-            inputs = [tensor.requires_grad_() for tensor in self.op.inputs(shapes, torch.float64)]
-            assert torch.autograd.gradgradcheck(self.op.function, inputs)
-
-    def test_strides_are_seen(self):
-        """To rounding: the order in which a row is added up depends on where it lies in memory."""
-        base = self.op.inputs(((6, 9, 34),), torch.float32)[0]
-        views = [base[:, :, ::2], base[::2], base.transpose(0, 1), base[1:, 2:, 3:], base[:1].expand(5, 9, 34)]
-        for view in [*views, base[:, :1].expand(6, 4, 34), base[..., :1].expand(6, 9, 7), base[0, 0]]:
-            self.compare([view], order=2)
+class EmulatedBar(CudaBar):
+    """Beside the bar's: orders of threads, alignments, numbers of blocks."""
 
     def test_every_order_gives_the_same_bits(self, emulated, dtype):
         for shapes in (((5, 40),), ((3, 1000),), ((2, 5000),)):
@@ -105,21 +61,30 @@ class EmulatedBar(OpBar):
 
 
 class TestEmulatedEnergy(EmulatedBar):
-    op = Op(oodkern.energy, reference.energy, lambda z: -torch.logsumexp(z, -1), SHAPES, condition=largest_finite)
+    op = energy_op()
 
 
 class TestEmulatedEnergyWithTemperature(EmulatedBar):
-    op = Op(
-        lambda z: oodkern.energy(z, temperature=0.37),
-        lambda z: reference.energy(z, 0.37),
-        lambda z: -0.37 * torch.logsumexp(z / 0.37, -1),
-        SHAPES,
-        condition=lambda z: 1 / 0.37 * largest_finite(z),
-    )
+    op = energy_op(0.37)
 
 
 class TestEmulatedJointEnergy(EmulatedBar):
-    op = Op(oodkern.joint_energy, reference.joint_energy, lambda z: torch.nn.functional.softplus(z).sum(-1), SHAPES)
+    op = joint_energy_op()
+
+
+def kernels(root) -> set[str]:
+    """Names of all kernels in csrc/cuda."""
+    text = "".join(file.read_text() for file in sorted((root / "csrc" / "cuda").glob("*.cu*")))
+    names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text)
+    assert len(names) == text.count("__global__"), "a kernel that is written in another way"
+    return set(names)
+
+
+def test_every_kernel_has_a_case(root, emulated):
+    """One in the emulator, and one in tests/cuda, which launches the same on a GPU."""
+    emulated.launched()
+    launch_every_kernel()
+    assert emulated.launched() == kernels(root)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
