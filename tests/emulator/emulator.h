@@ -1,11 +1,8 @@
-// Runs CUDA kernels on the CPU: g++ compiles the same headers that nvcc does, with this one in the place of the CUDA
-// runtime. Every thread of a block is a fiber; barriers and warp operations are rendezvous of fibers, and a rendezvous
+// Runs CUDA kernels on the CPU: g++ compiles the same headers that nvcc does, with cuda_words.h in the place of the
+// CUDA runtime. Every thread of a block is a fiber; barriers and warp operations are rendezvous of fibers, and a rendezvous
 // that cannot complete is an error that says who waits where. Threads run in an order that the caller chooses, so that
-// what depends on it shows; shared memory (shared.h) reports races whatever the order. Nothing here is thread-safe.
+// what depends on it shows; shared memory (memory.h) reports races whatever the order. Nothing here is thread-safe.
 #pragma once
-
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <array>
@@ -21,21 +18,11 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#define __global__
-#define __device__
-#define __host__
-#define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
+#include "fiber.h"
 
 namespace emulator {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStack = size_t(256) << 10;
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -64,55 +51,6 @@ struct Rendezvous {
     return std::string(operation) + " of " + (slash ? slash + 1 : file) + ":" + std::to_string(line);
   }
 };
-
-// A stack of its own. ucontext changes the signal mask with every switch, which is two calls of the system, so it
-// serves to get onto the stack the first time and setjmp from then on; AddressSanitizer knows swapcontext alone.
-struct Fiber {
-  ucontext_t context;
-  jmp_buf place;
-  bool started = false;
-  std::unique_ptr<char[]> stack;
-  void* fake_stack = nullptr;  // AddressSanitizer's
-
-  Fiber() = default;
-  explicit Fiber(void (*entry)()) : stack(std::make_unique_for_overwrite<char[]>(kStack)) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack.get();
-    context.uc_stack.ss_size = kStack;
-    context.uc_link = nullptr;
-    makecontext(&context, entry, 0);
-  }
-};
-inline Fiber scheduler;
-
-#if defined(__SANITIZE_ADDRESS__)
-inline const void* scheduler_stack = nullptr;
-inline size_t scheduler_stack_size = 0;
-inline void arrived(Fiber& self) {
-  __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_stack, &scheduler_stack_size);
-}
-inline void enter(Fiber& fiber) {
-  __sanitizer_start_switch_fiber(&scheduler.fake_stack, fiber.stack.get(), kStack);
-  swapcontext(&scheduler.context, &fiber.context);
-  __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
-}
-inline void leave(Fiber& fiber) {
-  __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler_stack, scheduler_stack_size);
-  swapcontext(&fiber.context, &scheduler.context);
-  arrived(fiber);
-}
-#else
-inline void arrived(Fiber&) {}
-inline void enter(Fiber& fiber) {
-  if (_setjmp(scheduler.place)) return;
-  if (fiber.started) _longjmp(fiber.place, 1);
-  fiber.started = true;
-  setcontext(&fiber.context);
-}
-inline void leave(Fiber& fiber) {
-  if (!_setjmp(fiber.place)) _longjmp(scheduler.place, 1);
-}
-#endif
 
 struct Thread {
   enum class State { kReady, kWaiting, kExited };
@@ -260,7 +198,7 @@ inline void Thread::live() {
   }
 }
 
-// How the next launches are run, and what becomes of out-of-order dependence.
+// How the next launches are run.
 struct Settings {
   Order order = Order::kAscending;
   unsigned seed = 0;
@@ -298,80 +236,4 @@ void launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, un
   current = nullptr;
 }
 
-template <class T>
-uint64_t to_bits(T value) {
-  static_assert(sizeof(T) <= 8);
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  return bits;
-}
-template <class T>
-T from_bits(uint64_t bits) {
-  T value;
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
-}
-
-// What lane `source` gave; a lane that the mask leaves out gave nothing.
-template <class T>
-T exchange(const char* operation, uint32_t mask, T value, unsigned source, const char* file, int line) {
-  Thread& self = *current->running;
-  self.given = to_bits(value);
-  current->meet({operation, file, line, mask, false});
-  if (!(mask >> source & 1))
-    current->fail(std::string(operation) + " reads lane " + std::to_string(source) + ", which the mask leaves out");
-  return from_bits<T>(self.taken[source]);
-}
-inline unsigned lane() {
-  return current->running->lane();
-}
-inline unsigned segment_end(int width) {
-  return (lane() / unsigned(width) + 1) * unsigned(width);
-}
-
 }  // namespace emulator
-
-#define OODKERN_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-
-#define threadIdx (emulator::Index{emulator::current->running->index, 0, 0})
-#define blockIdx (emulator::current->index)
-#define gridDim (emulator::current->grid)
-#define blockDim (emulator::Index{emulator::current->size, 1, 1})
-
-inline void __syncthreads(OODKERN_HERE) {
-  emulator::current->meet({"__syncthreads", file, line, 0, true});
-}
-inline void __syncwarp(uint32_t mask = 0xffffffffu, OODKERN_HERE) {
-  emulator::current->meet({"__syncwarp", file, line, mask, false});
-}
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int source, int width = 32, OODKERN_HERE) {
-  const unsigned first = emulator::segment_end(width) - unsigned(width);
-  return emulator::exchange("__shfl_sync", mask, value, first + unsigned(source) % unsigned(width), file, line);
-}
-template <class T>
-T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, OODKERN_HERE) {
-  const unsigned other = emulator::lane() ^ unsigned(bits);
-  const unsigned source = other < emulator::segment_end(width) ? other : emulator::lane();
-  return emulator::exchange("__shfl_xor_sync", mask, value, source, file, line);
-}
-template <class T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, OODKERN_HERE) {
-  const unsigned other = emulator::lane() + delta;
-  const unsigned source = other < emulator::segment_end(width) ? other : emulator::lane();
-  return emulator::exchange("__shfl_down_sync", mask, value, source, file, line);
-}
-inline uint32_t __ballot_sync(uint32_t mask, int predicate, OODKERN_HERE) {
-  emulator::exchange("__ballot_sync", mask, uint32_t(predicate != 0), emulator::lane(), file, line);
-  uint32_t ballot = 0;
-  for (unsigned i = 0; i < emulator::kWarp; ++i) {
-    if (mask >> i & 1) ballot |= uint32_t(emulator::current->running->taken[i] & 1) << i;
-  }
-  return ballot;
-}
-inline int __any_sync(uint32_t mask, int predicate, OODKERN_HERE) {
-  return __ballot_sync(mask, predicate, file, line) != 0;
-}
-inline int __all_sync(uint32_t mask, int predicate, OODKERN_HERE) {
-  return __ballot_sync(mask, predicate, file, line) == mask;
-}

@@ -1,7 +1,7 @@
 // Memory of the emulator: shared arrays that know who touched each word when, and buffers between guards.
 #pragma once
 
-#include "emulator.h"
+#include "cuda_words.h"
 
 namespace emulator {
 
