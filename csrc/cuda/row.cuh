@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kThreads) reduce_rows(const RowCall call, cons
   using Real = typename Reducer::Real;
   using State = typename Reducer::State;
   constexpr int kWidth = Vector<Stored>::kWidth;
-  constexpr int kInFlight = kPass == Pass::kForward ? kUnroll : kUnroll / 2;  // more spill, with cotangents beside them
+  // More would spill, with cotangents beside them.
+  constexpr int kInFlight = kPass == Pass::kForward ? kUnroll : sizeof(Stored) == 8 ? 1 : kUnroll / 2;
   OODKERN_SHARED(State, of_warps, kWarps);
   const int thread = int(threadIdx.x);
   for (int64_t item = blockIdx.x; item < rows * splits; item += gridDim.x) {
