@@ -18,7 +18,7 @@ inline int64_t blocks_for(int64_t items, int64_t each) {
 // Rows up to here are held in the registers of a warp. Two rows of 1,024 doubles do not fit there (double backward of
 // SoftplusSum: 2,632 bytes spilled), and float64 is for checking gradients.
 inline int64_t columns_of_warp(Storage storage) {
-  return storage == Storage::kFloat64 ? 256 : 1024;
+  return storage == Storage::kFloat64 ? 128 : 1024;
 }
 
 inline int64_t bytes_of(Storage storage) {
@@ -48,12 +48,13 @@ template <class Reducer, class Stored, Pass kPass, class Launch>
 void run_pass(const RowCall& call, const Reducer& reducer, int64_t rows, int64_t splits, void* partials,
               Launch&& launch) {
   constexpr int kWidth = Vector<Stored>::kWidth;
+  constexpr int kEach = sizeof(Stored) == 8 ? 4 : 8;  // elements of a short row in a lane
   const int64_t columns = columns_from_boundary(call, rows);
-  if (columns <= 64) {
-    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 8, 8 / kWidth>, blocks_for(rows, 4 * kWarps), call, reducer,
-           rows);
-  } else if (columns <= 256) {
-    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 32, 8 / kWidth>, blocks_for(rows, kWarps), call, reducer,
+  if (columns <= 8 * kEach) {
+    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 8, kEach / kWidth>, blocks_for(rows, 4 * kWarps), call,
+           reducer, rows);
+  } else if (columns <= 32 * kEach) {
+    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 32, kEach / kWidth>, blocks_for(rows, kWarps), call, reducer,
            rows);
   } else if (columns <= columns_of_warp(call.storage)) {
     if constexpr (sizeof(Stored) < 8) {
