@@ -22,6 +22,10 @@ inline void check_same_shape(const Tensor& tensor, const char* name, const Tenso
                   ": expected the shape and dtype of ", of);
 }
 
+inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& like, const char* of = "logits") {
+  STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected the device of ", of);
+}
+
 inline void check_matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && is_floating(tensor), name,
                   ": expected a matrix of float64, float32, bfloat16 or float16");

@@ -13,7 +13,7 @@ BACKENDS = ("native", "triton", "reference")
 
 # Room -> kind of device -> its kernels, best first. `reference` serves every room and device.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "energy": {"cpu": ("native",), "cuda": ()},
+    "energy": {"cpu": ("native",), "cuda": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ()},
     "linear_energy": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},

@@ -12,7 +12,8 @@ def test_choice_is_a_function_of_its_arguments():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         assert choose_backend("energy", 100, 0, 10, dtype, "cpu") == "native"
         assert choose_backend("energy", 100, 0, 10, dtype, "cpu", available=("reference",)) == "reference"
-        assert choose_backend("energy", 100, 0, 10, dtype, "sm_90") == "reference"
+        assert choose_backend("energy", 100, 0, 10, dtype, "sm_90") == "native"
+        assert choose_backend("energy", 100, 0, 10, dtype, "sm_90", available=("triton", "reference")) == "reference"
         assert choose_backend("energy", 100, 0, 10, dtype, "mps") == "reference"
     assert choose_backend("energy", 100, 0, 10, torch.int64, "cpu") == "reference"
     assert next(iter(inspect.signature(choose_backend).parameters)) == "room"
@@ -136,7 +137,9 @@ def test_arch(device):
 
 
 @pytest.mark.gpu
-def test_cuda_tensors_take_the_reference():
+def test_cuda_tensors_take_what_there_is():
     z = torch.randn(40, 100, device="cuda", requires_grad=True)
-    torch.testing.assert_close(oodkern.energy(z), -torch.logsumexp(z, -1))
+    energy = oodkern.energy(z)
+    torch.testing.assert_close(energy, -torch.logsumexp(z, -1))
+    assert ("RowScore" in energy.grad_fn.name()) == (not backends.missing("native", "cuda"))
     assert backends.arch_of(z.device).startswith("sm_")

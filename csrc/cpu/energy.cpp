@@ -1,5 +1,5 @@
 // Room `energy` on the CPU: E = -T logsumexp(z / T) and J = sum softplus(z) of given logits.
-#include "../check.h"
+#include "../energy.h"
 #include "dispatch.h"
 #include "pages.h"
 
@@ -9,116 +9,18 @@ namespace {
 // The least work that PyTorch's own element-wise kernels give a thread; here some 10 microseconds.
 constexpr int64_t kGrainElements = 32768;
 
-void run(const RowCall& call, int64_t rows) {
-  const RowEngine engine = engines().rows;
-  const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
-  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
-}
-
-// Energy and JointEnergy differ in their reducer and their sign, and in nothing else.
-struct Kind {
-  Reduction reduction;
-  double sign;
-  double temperature;
-};
-Kind energy_kind(double temperature) {
-  return {Reduction::kLogSumExp, -1.0, temperature};
-}
-Kind joint_energy_kind() {
-  return {Reduction::kSoftplusSum, 1.0, 1.0};
-}
-
-RowCall call_of(Kind kind, Pass pass, const Tensor& logits, const Rows& rows) {
-  RowCall call{};
-  call.reduction = kind.reduction;
-  call.pass = pass;
-  call.storage = storage_of(logits);
-  call.temperature = kind.temperature;
-  call.sign = kind.sign;
-  call.columns = rows.columns;
-  call.logits = rows.data();
-  call.logits_stride = rows.stride;
-  return call;
-}
-
-Tensor forward(Kind kind, const Tensor& logits) {
-  check_logits(logits);
-  const Rows rows = as_rows(logits);
-  std::vector<int64_t> sizes = sizes_of(logits);
-  sizes.pop_back();
-  Tensor score = empty_of(logits, sizes, score_dtype(logits));
-  RowCall call = call_of(kind, Pass::kForward, logits, rows);
-  call.score = score.mutable_data_ptr();
-  run(call, rows.rows);
-  return score;
-}
-
-// What both derivatives read. `saved` is the score, or `grad` once more where no slope needs it.
-Tensor differentiate(Kind kind, const Tensor& grad, const Tensor& logits, const Tensor& saved, const Tensor* cotangent,
-                     Tensor* grad_grad) {
-  check_logits(logits);
-  check_per_row(grad, "grad", logits);
-  check_per_row(saved, "energy", logits);
-  const Rows rows = as_rows(logits);
-  const Column upstream = as_column(grad);
-  const Column score = as_column(saved);
-  Tensor result = empty_of(logits, sizes_of(logits), logits.scalar_type());
-  RowCall call = call_of(kind, Pass::kBackward, logits, rows);
-  call.saved_score = score.data();
-  call.saved_score_stride = score.stride;
-  call.grad_score = upstream.data();
-  call.grad_score_stride = upstream.stride;
-  call.grad_logits = result.mutable_data_ptr();
-  prefer_large_pages(call.grad_logits, result.numel() * int64_t(result.element_size()));
-  if (!cotangent) {
-    run(call, rows.rows);
-    return result;
+struct CpuRows {
+  static void run(const RowCall& call, int64_t rows, const Tensor&) {
+    const RowEngine engine = engines().rows;
+    const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
+    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
   }
-  check_same_shape(*cotangent, "cotangent", logits);
-  const Rows directions = as_rows(*cotangent);
-  *grad_grad = empty_of(logits, sizes_of(grad), score_dtype(logits));
-  call.pass = Pass::kDoubleBackward;
-  call.cotangent = directions.data();
-  call.cotangent_stride = directions.stride;
-  call.grad_grad_score = grad_grad->mutable_data_ptr();
-  run(call, rows.rows);
-  return result;
-}
-
-Tensor energy(const Tensor& logits, double temperature) {
-  return forward(energy_kind(temperature), logits);
-}
-Tensor energy_backward(const Tensor& grad, const Tensor& logits, const Tensor& energy, double temperature) {
-  return differentiate(energy_kind(temperature), grad, logits, energy, nullptr, nullptr);
-}
-std::tuple<Tensor, Tensor> energy_double_backward(const Tensor& cotangent, const Tensor& grad, const Tensor& logits,
-                                                  const Tensor& energy, double temperature) {
-  Tensor grad_grad;
-  Tensor result = differentiate(energy_kind(temperature), grad, logits, energy, &cotangent, &grad_grad);
-  return {grad_grad, result};
-}
-
-Tensor joint_energy(const Tensor& logits) {
-  return forward(joint_energy_kind(), logits);
-}
-Tensor joint_energy_backward(const Tensor& grad, const Tensor& logits) {
-  return differentiate(joint_energy_kind(), grad, logits, grad, nullptr, nullptr);
-}
-std::tuple<Tensor, Tensor> joint_energy_double_backward(const Tensor& cotangent, const Tensor& grad,
-                                                        const Tensor& logits) {
-  Tensor grad_grad;
-  Tensor result = differentiate(joint_energy_kind(), grad, logits, grad, &cotangent, &grad_grad);
-  return {grad_grad, result};
-}
+  static void prepare(void* data, int64_t bytes) { prefer_large_pages(data, bytes); }
+};
 
 }  // namespace
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
-  m.impl("energy", TORCH_BOX(&oodkern::energy));
-  m.impl("energy_backward", TORCH_BOX(&oodkern::energy_backward));
-  m.impl("energy_double_backward", TORCH_BOX(&oodkern::energy_double_backward));
-  m.impl("joint_energy", TORCH_BOX(&oodkern::joint_energy));
-  m.impl("joint_energy_backward", TORCH_BOX(&oodkern::joint_energy_backward));
-  m.impl("joint_energy_double_backward", TORCH_BOX(&oodkern::joint_energy_double_backward));
+  OODKERN_ENERGY_OPS(m, oodkern::CpuRows);
 }

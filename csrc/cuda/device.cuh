@@ -1,0 +1,158 @@
+// What kernels need of their compiler. nvcc takes it from the CUDA runtime; g++, which runs the same kernels on the CPU
+// in tests/emulator, from the emulator.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#define OODKERN_ISA emulated
+#include "cpu/simd/math.h"
+#include "memory.h"
+#endif
+
+#include "../reduce.h"
+
+namespace oodkern::device {
+
+// Storage types: what lies in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Shared memory is read and written through load(i) and store(i, x), which the emulator checks for races.
+// OODKERN_SHARED(T, name, count) declares an array; OODKERN_DYNAMIC_SHARED(T, name) the launch's.
+#if defined(__CUDACC__)
+template <class T>
+struct SharedArray {
+  T* words;
+  __device__ __forceinline__ T load(int i) const { return words[i]; }
+  __device__ __forceinline__ void store(int i, T value) const { words[i] = value; }
+};
+#define OODKERN_SHARED(T, name, count)           \
+  __shared__ T name##_words[count];              \
+  const ::oodkern::device::SharedArray<T> name { \
+    name##_words                                 \
+  }
+#define OODKERN_DYNAMIC_SHARED(T, name)                          \
+  extern __shared__ __align__(16) unsigned char dynamic_words[]; \
+  const ::oodkern::device::SharedArray<T> name {                 \
+    reinterpret_cast<T*>(dynamic_words)                          \
+  }
+
+__device__ __forceinline__ float widen(BFloat16 x) {
+  return __uint_as_float(uint32_t(x.bits) << 16);
+}
+__device__ __forceinline__ float widen(Float16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+__device__ __forceinline__ void narrow(float x, BFloat16* out) {
+  out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ __forceinline__ void narrow(float x, Float16* out) {
+  out->bits = __half_as_ushort(__float2half_rn(x));
+}
+#else
+#define OODKERN_SHARED(T, name, count)      \
+  static const char name##_declaration = 0; \
+  const emulator::SharedArray<T> name = emulator::shared_array<T>(&name##_declaration, count)
+#define OODKERN_DYNAMIC_SHARED(T, name)     \
+  static const char name##_declaration = 0; \
+  const emulator::SharedArray<T> name =     \
+      emulator::shared_array<T>(&name##_declaration, emulator::current->dynamic_bytes / sizeof(T))
+
+inline float widen(BFloat16 x) {
+  return emulated::load(emulated::BFloat16{x.bits});
+}
+inline float widen(Float16 x) {
+  return emulated::load(emulated::Float16{x.bits});
+}
+inline void narrow(float x, BFloat16* out) {
+  emulated::BFloat16 narrowed;
+  emulated::store(&narrowed, x);
+  out->bits = narrowed.bits;
+}
+inline void narrow(float x, Float16* out) {
+  emulated::Float16 narrowed;
+  emulated::store(&narrowed, x);
+  out->bits = narrowed.bits;
+}
+#endif
+__device__ __forceinline__ float widen(float x) {
+  return x;
+}
+__device__ __forceinline__ double widen(double x) {
+  return x;
+}
+__device__ __forceinline__ void narrow(float x, float* out) {
+  *out = x;
+}
+__device__ __forceinline__ void narrow(double x, double* out) {
+  *out = x;
+}
+
+// As many elements as one access of 16 bytes carries.
+template <class Stored>
+struct alignas(16) Vector {
+  static constexpr int kWidth = 16 / int(sizeof(Stored));
+  Stored elements[kWidth];
+};
+#if defined(__CUDACC__)
+// Through intrinsics: of eight plain assignments of vectors nvcc 13.0 made seven into 28 stores of one float each.
+template <class Stored>
+__device__ __forceinline__ Vector<Stored> load_vector(const Stored* address) {
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(address));
+  Vector<Stored> vector;
+  memcpy(&vector, &words, 16);
+  return vector;
+}
+template <class Stored>
+__device__ __forceinline__ void store_vector(Stored* address, const Vector<Stored>& vector) {
+  uint4 words;
+  memcpy(&words, &vector, 16);
+  __stwb(reinterpret_cast<uint4*>(address), words);
+}
+#else
+template <class Stored>
+Vector<Stored> load_vector(const Stored* address) {
+  emulator::check_alignment(address, "a load");
+  return *reinterpret_cast<const Vector<Stored>*>(address);
+}
+template <class Stored>
+void store_vector(Stored* address, const Vector<Stored>& vector) {
+  emulator::check_alignment(address, "a store");
+  *reinterpret_cast<Vector<Stored>*>(address) = vector;
+}
+#endif
+
+// The engine's side of reduce.h. A row's parts are few and of like size (a thread's, a warp's, a block's), so float32
+// adds them up without losing digits, unlike the CPU's one sum after another.
+struct Float {
+  using Real = float;
+  using Sum = float;
+  static OODKERN_HOST_DEVICE Real infinity() { return INFINITY; }
+  static OODKERN_HOST_DEVICE Real absolute(Real x) { return fabsf(x); }
+  static OODKERN_HOST_DEVICE Real exp_of_negative(Real x) { return expf(x); }
+  static OODKERN_HOST_DEVICE Real exp2(Real x) { return exp2f(x); }
+  static OODKERN_HOST_DEVICE Real log(Real x) { return logf(x); }
+  static OODKERN_HOST_DEVICE Real log1p_unit(Real x) { return log1pf(x); }
+};
+struct Double {
+  using Real = double;
+  using Sum = double;
+  static OODKERN_HOST_DEVICE Real infinity() { return INFINITY; }
+  static OODKERN_HOST_DEVICE Real absolute(Real x) { return fabs(x); }
+  static OODKERN_HOST_DEVICE Real exp_of_negative(Real x) { return exp(x); }
+  static OODKERN_HOST_DEVICE Real exp2(Real x) { return ::exp2(x); }
+  static OODKERN_HOST_DEVICE Real log(Real x) { return ::log(x); }
+  static OODKERN_HOST_DEVICE Real log1p_unit(Real x) { return log1p(x); }
+};
+
+}  // namespace oodkern::device

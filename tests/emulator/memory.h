@@ -1,0 +1,145 @@
+// Memory of the emulator: shared arrays that know who touched each word when, and buffers between guards.
+#pragma once
+
+#include "cuda_words.h"
+
+namespace emulator {
+
+// One access to a shared word, and whether a thread may rely on it.
+struct Access {
+  unsigned thread = 0, barriers = 0, epoch = 0;
+
+  static Access now() {
+    const Thread& self = *current->running;
+    return {self.index, self.barriers, self.known[self.lane()]};
+  }
+  // Ordered before what the running thread does now: by program order, by a __syncthreads that both passed since, or
+  // by a __syncwarp that carried it here.
+  bool is_ordered() const {
+    const Thread& self = *current->running;
+    return thread == self.index || barriers < self.barriers ||
+           (thread / kWarp == self.index / kWarp && self.known[thread % kWarp] >= epoch);
+  }
+};
+
+struct Word {
+  bool written = false;
+  Access writer;
+  std::vector<Access> readers;  // since it was written
+};
+
+template <class T>
+struct SharedWords {
+  std::vector<T> values;
+  std::vector<Word> words;
+  explicit SharedWords(size_t count) : values(count), words(count) {}
+};
+
+// An array in shared memory. Every access is checked: in bounds, after a write, and ordered with every other thread's.
+template <class T>
+class SharedArray {
+ public:
+  explicit SharedArray(SharedWords<T>* words) : words_(words) {}
+
+  T load(int64_t i) const {
+    Word& word = at(i);
+    if (!word.written) current->fail(place(i) + " is read before anything was written to it");
+    if (!word.writer.is_ordered()) race(i, "is read", "wrote it", word.writer);
+    const Access access = Access::now();
+    const bool known = std::any_of(word.readers.begin(), word.readers.end(), [&](const Access& reader) {
+      return reader.thread == access.thread && reader.barriers == access.barriers && reader.epoch == access.epoch;
+    });
+    if (!known) word.readers.push_back(access);
+    return words_->values[size_t(i)];
+  }
+
+  void store(int64_t i, T value) const {
+    Word& word = at(i);
+    if (word.written && !word.writer.is_ordered()) race(i, "is written", "wrote it", word.writer);
+    for (const Access& reader : word.readers) {
+      if (!reader.is_ordered()) race(i, "is written", "read it", reader);
+    }
+    word = {true, Access::now(), {}};
+    words_->values[size_t(i)] = value;
+  }
+
+ private:
+  SharedWords<T>* words_;
+
+  static std::string place(int64_t i) { return "shared word " + std::to_string(i); }
+  Word& at(int64_t i) const {
+    if (i < 0 || size_t(i) >= words_->words.size()) {
+      current->fail(place(i) + " is outside an array of " + std::to_string(words_->words.size()));
+    }
+    return words_->words[size_t(i)];
+  }
+  static void race(int64_t i, const char* now, const char* then, const Access& other) {
+    current->fail("race: " + place(i) + " " + now + " and thread " + std::to_string(other.thread) + " " + then +
+                  ", with no barrier between");
+  }
+};
+
+template <class T>
+SharedArray<T> shared_array(const void* declaration, size_t count) {
+  std::shared_ptr<void>& slot = current->shared[declaration];
+  if (!slot) slot = std::make_shared<SharedWords<T>>(count);
+  return SharedArray<T>(static_cast<SharedWords<T>*>(slot.get()));
+}
+
+inline void check_alignment(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    current->fail(std::string(what) + " of 16 bytes at an address that is no multiple of 16");
+  }
+}
+
+// Device memory: `bytes` that begin `offset` bytes after a multiple of 16, between two guards. What lies outside is
+// poison for AddressSanitizer; without it a store there is found afterwards, and a load finds NaN.
+class Buffer {
+ public:
+  static constexpr size_t kGuard = 512;
+  static constexpr unsigned char kPoison = 0xff;  // a NaN of every floating type
+
+  Buffer(std::string name, size_t bytes, size_t offset, const void* content = nullptr)
+      : name_(std::move(name)), bytes_(bytes), memory_(bytes + 2 * kGuard + 32, kPoison) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory_.data()) + kGuard;
+    data_ = memory_.data() + kGuard + (16 - begin % 16) % 16 + offset % 16;
+    if (content && bytes) std::memcpy(data_, content, bytes);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(memory_.data(), size_t(data_ - memory_.data()));
+    __asan_poison_memory_region(data_ + bytes, size_t(memory_.data() + memory_.size() - data_) - bytes);
+#endif
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { lift(); }
+
+  template <class T = void>
+  T* data() {
+    return reinterpret_cast<T*>(data_);
+  }
+
+  // Throws where a guard was written to; copies the content out.
+  void finish(void* content = nullptr) {
+    lift();
+    for (const unsigned char& byte : memory_) {
+      if ((&byte < data_ || &byte >= data_ + bytes_) && byte != kPoison) {
+        throw Error("out of bounds: a store " + std::to_string(&byte - data_) + " bytes from the beginning of `" +
+                    name_ + "`, which has " + std::to_string(bytes_));
+      }
+    }
+    if (content && bytes_) std::memcpy(content, data_, bytes_);
+  }
+
+ private:
+  std::string name_;
+  size_t bytes_;
+  std::vector<unsigned char> memory_;
+  unsigned char* data_;
+
+  void lift() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory_.data(), memory_.size());
+#endif
+  }
+};
+
+}  // namespace emulator
