@@ -31,7 +31,7 @@ __device__ __forceinline__ Real total(Real sum) {
 }
 
 template <class Reducer, class Stored, Pass kPass, int kLanes, int kVectors>
-__global__ void __launch_bounds__(kThreads, 1) warp_rows(const RowCall call, const Reducer reducer, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 2) warp_rows(const RowCall call, const Reducer reducer, int64_t rows) {
   using Real = typename Reducer::Real;
   constexpr int kWidth = Vector<Stored>::kWidth;
   constexpr int kRows = 32 / kLanes;  // of a warp
@@ -134,7 +134,7 @@ __device__ __forceinline__ void finish(const RowCall& call, const Reducer& reduc
 
 // Each row by `splits` blocks; where they are several, partials [rows, splits] holds what each came to.
 template <class Reducer, class Stored, Pass kPass>
-__global__ void __launch_bounds__(kThreads, 1) reduce_rows(const RowCall call, const Reducer reducer, int64_t rows,
+__global__ void __launch_bounds__(kThreads, 2) reduce_rows(const RowCall call, const Reducer reducer, int64_t rows,
                                                            int64_t splits, typename Reducer::State* partials) {
   using Real = typename Reducer::Real;
   using State = typename Reducer::State;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_rows(const RowCall call, c
 
 // The states of a row's splits, by a warp: lane i takes i, i + 32, ...
 template <class Reducer, Pass kPass>
-__global__ void __launch_bounds__(kThreads, 1) finish_rows(const RowCall call, const Reducer reducer, int64_t rows,
+__global__ void __launch_bounds__(kThreads, 2) finish_rows(const RowCall call, const Reducer reducer, int64_t rows,
                                                            int64_t splits, const typename Reducer::State* partials) {
   const int lane = int(threadIdx.x) % 32;
   for (int64_t row = int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / 32; row < rows;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) finish_rows(const RowCall call, c
 
 // Gradients of parts of rows: `parts` of kThreads * kUnroll vectors a row.
 template <class Reducer, class Stored, Pass kPass>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     map_rows(const RowCall call, const Reducer reducer, int64_t rows, int64_t parts) {
   using Real = typename Reducer::Real;
   constexpr int kWidth = Vector<Stored>::kWidth;
