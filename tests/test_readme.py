@@ -22,18 +22,25 @@ def blocks(text, language):
 
 def test_python_blocks_run(readme):
     found = blocks(readme, "python")
-    assert len(found) == 4
+    assert len(found) == 5
     names: dict = {}
     exec(found[0], names)
     assert (names["energy"].shape, names["energy"].dtype) == ((256,), torch.float32)
     assert names["gradient"].dtype == torch.bfloat16
+    assert names["kept"].shape == names["flat"].shape == (256,)
+    assert names["gap"].shape == ()
+    assert names["best"].result()[1].tolist() == names["energy"].argsort(descending=True)[:10].tolist()
     exec(found[1], names)
+    assert all(
+        parameter.grad.abs().sum() > 0 for name, parameter in names["network"].named_parameters() if "weight" in name
+    )
+    exec(found[2], names)
     assert {names[name].shape for name in ("energy", "aligned", "inside", "outside", "contrast")} == {(256,)}
     torch.testing.assert_close(names["scores"].energy, names["energy"])
     assert names["nearest"].index.shape == (256,)
-    exec(found[2], names)
-    assert set(names["parts"]) == {"ce", "energy_in", "energy_out"}
     exec(found[3], names)
+    assert set(names["parts"]) == {"ce", "energy_in", "energy_out"}
+    exec(found[4], names)
     assert (names["logits"].shape, names["features"].shape) == ((2, 10), (2, 128))
     torch.testing.assert_close(names["classifier"].head(names["features"]), names["logits"])
 
