@@ -65,23 +65,28 @@ def readable(*tensors: Tensor) -> bool:
     )
 
 
-def can_foresee(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether gradients can be formed with the score, and may be asked for.
+def formed_with_values(*tensors: Tensor) -> bool:
+    """Whether gradients may be formed with a value, and are wanted.
 
-    Not where an upstream cannot be looked at (torch.compile, torch.func, fake tensors); not where tensors are to be
-    saved elsewhere or formed again (saved-tensor hooks, checkpointing), since gradients would not be; nor in float16,
-    whose gradients would leave the range before the loss's scale is known.
+    Not where an upstream cannot be looked at (torch.compile, torch.func, fake tensors); nor where tensors are to be
+    saved elsewhere or formed again (saved-tensor hooks, checkpointing), since gradients would not be.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and readable(*tensors)
+    )
+
+
+def can_foresee(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether gradients can be formed with the score of a product, and may be.
+
+    Not in float16, whose gradients would leave the range before the loss's scale is known.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return (
-        backend == "native"
-        and not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in given)
-        and all(tensor.dtype != torch.float16 for tensor in given)
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        and readable(*given)
-    )
+    return backend == "native" and formed_with_values(*given) and all(tensor.dtype != torch.float16 for tensor in given)
 
 
 def factor_of(grad: Tensor, foreseen: Tensor, linear: Tensor, one_rounding: bool) -> float | None:

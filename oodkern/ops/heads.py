@@ -25,7 +25,7 @@ from oodkern import reference
 from oodkern.backends import DTYPES, backend_for
 from oodkern.ops._autograd import _over_rows
 from oodkern.ops._checks import check_logits, check_tensor, score_dtype
-from oodkern.ops._foreseen import factor_of
+from oodkern.ops._foreseen import factor_of, formed_with_values, readable
 from oodkern.ops._product import check_beside, no_second, raw, register_fake
 
 LABELS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -47,8 +47,8 @@ def oe_head(logits: Tensor, *, upstream: Tensor | float | None = None) -> Tensor
         holds -inf, whose gradient counts that logit's p as 0; NaN, and a row that holds +inf, give NaN in that row.
 
     Differentiable once, in `logits`; the gradient has their dtype, and is formed with the value where they require it
-    (of 16 bits with `upstream` alone; not under torch.compile or torch.func). Raises TypeError or ValueError for an
-    argument of the wrong kind or shape.
+    (of 16 bits with `upstream` alone; not under torch.compile, torch.func or saved-tensor hooks). Raises TypeError or
+    ValueError for an argument of the wrong kind or shape.
 
     Source: Hendrycks, Mazeika, Dietterich, Deep Anomaly Detection with Outlier Exposure, ICLR 2019.
     """
@@ -141,12 +141,7 @@ def _foreseen(value: Any, logits: Tensor) -> Tensor | None:
         check_beside(value, "upstream", logits, "logits", dtype=False)
     elif value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"upstream: expected a number or a tensor, got {type(value).__name__}")
-    if (
-        not logits.requires_grad
-        or not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not formed_with_values(logits):
         return None
     if isinstance(value, Tensor):
         return value.detach()
@@ -200,7 +195,7 @@ class Head(torch.autograd.Function):
             return (None,) * 6
         *saved, foreseen = ctx.saved_tensors
         formed, ctx.gradient = ctx.gradient, None
-        if formed is not None and not torch.is_grad_enabled():
+        if formed is not None and not torch.is_grad_enabled() and readable(grad):
             correction = _correction(grad, foreseen, formed.dtype)
             if correction is not None:
                 if not isinstance(correction, float) or correction != 1.0:

@@ -113,6 +113,17 @@ def test_a_second_backward_pass(function):
     assert torch.equal(first, kept)
 
 
+def test_where_an_upstream_cannot_be_looked_at(function):
+    """Batches of upstreams and tensors that are saved elsewhere: the gradient is formed in the backward pass."""
+    leaf, grad = random((9, 20)).requires_grad_(), like(torch.empty(9))
+    one = gradient_of(function, leaf, grad)
+    both = torch.autograd.grad(function(leaf), leaf, torch.stack([grad, 2 * grad]), is_grads_batched=True)[0]
+    torch.testing.assert_close(both, torch.stack([one, 2 * one]), rtol=1e-5, atol=1e-6)
+    with torch.autograd.graph.save_on_cpu(), Passes() as passes:
+        torch.testing.assert_close(gradient_of(function, leaf, grad), one, rtol=1e-5, atol=1e-6)
+    assert passes.count == 1
+
+
 def test_an_upstream_that_changes_is_noticed(function):
     leaf, told = random((9, 20)).requires_grad_(), torch.ones(9)
     value = function(leaf, upstream=told)
