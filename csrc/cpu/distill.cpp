@@ -6,15 +6,10 @@
 #include "pages.h"
 
 namespace oodkern {
-
 namespace {
 
-constexpr int64_t kGrainElements = 16384;  // as in energy.cpp, of two rows each
-
 void run(const DistillCall& call, int64_t rows) {
-  const DistillEngine engine = engines().distillation;
-  const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
-  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
+  over_rows(engines().distillation, call, rows, 2 * call.columns);
 }
 
 void check_pair(const Tensor& student, const Tensor& teacher) {

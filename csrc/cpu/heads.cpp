@@ -9,15 +9,10 @@
 #include "pages.h"
 
 namespace oodkern {
-
 namespace {
 
-constexpr int64_t kGrainElements = 16384;  // as in energy.cpp, of more work each
-
 void run(const HeadCall& call, int64_t rows) {
-  const HeadEngine engine = engines().heads;
-  const int64_t grain = kGrainElements / (call.columns < 1 ? 1 : call.columns) + 1;
-  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { engine(call, begin, end); });
+  over_rows(engines().heads, call, rows, 2 * call.columns);  // of twice the work
 }
 
 Head head_of(const std::string& name) {

@@ -19,8 +19,6 @@ namespace {
 // Rows are cut into pieces of one size, whoever works on them, and the sums of a row's pieces are added up in order: a
 // result does not depend on the number of threads, and a few long rows keep all of them busy.
 constexpr int64_t kPiece = 16384;
-// The least work that PyTorch's own element-wise kernels give a thread; here some 10 microseconds.
-constexpr int64_t kGrainElements = 32768;
 
 struct Sizes {
   int64_t rows, columns, pieces;
@@ -31,8 +29,7 @@ struct Sizes {
   // Calls body(row, piece, first, count) for the pieces of all rows, in parallel.
   template <class Body>
   void for_pieces(Body&& body) const {
-    const int64_t grain = kGrainElements / std::clamp<int64_t>(columns, 1, kPiece) + 1;
-    parallel_for(0, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows * pieces, grain_of(std::min(columns, kPiece)), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) call(item / pieces, item % pieces, body);
     });
   }
@@ -42,8 +39,7 @@ struct Sizes {
   }
   template <class Body>
   void for_rows(Body&& body) const {
-    const int64_t grain = kGrainElements / std::max<int64_t>(columns, 1) + 1;
-    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, grain_of(columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) body(row);
     });
   }
