@@ -1,6 +1,6 @@
-// Products of packed panels, by AVX-512: of float32 where they are faster than the BLAS (MKL on an AMD Zen 4: 97 to 99
-// GFLOP/s a core of 115, these 105 to 110), and of bfloat16 by the dot-product instruction (AVX-512 BF16), which
-// PyTorch's BLAS does not use on every processor that has it.
+// Products of packed panels, by AVX-512: of float32 on AMD's processors, where they are faster than the BLAS (MKL), and
+// of bfloat16 by the dot-product instruction (AVX-512 BF16), which PyTorch's BLAS does not use on every processor that
+// has it.
 #pragma once
 
 #include "blas.h"
