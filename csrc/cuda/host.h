@@ -33,13 +33,16 @@ class CudaStream {
   template <class... Parameters, class... Arguments>
   void launch(const char* /*name*/, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t dynamic_bytes,
               Arguments... arguments) const {
-    const int bytes = int(dynamic_bytes);
-    constexpr int kWithoutAsking = 48 * 1024;
-    if (bytes > kWithoutAsking) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    constexpr int64_t kWithoutAsking = 48 << 10;
+    if (dynamic_bytes > kWithoutAsking) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_bytes)));
     }
-    kernel<<<unsigned(blocks), unsigned(threads), bytes, stream_> > >(Parameters(arguments)...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    cudaLaunchConfig_t config{};
+    config.gridDim = unsigned(blocks);
+    config.blockDim = unsigned(threads);
+    config.dynamicSmemBytes = size_t(dynamic_bytes);
+    config.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
  private:
