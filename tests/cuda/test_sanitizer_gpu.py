@@ -31,7 +31,7 @@ def test_compute_sanitizer_finds_nothing(root, tool):
     paths = [str(root / "tests" / name) for name in ("emulator", "cuda", ".")]
     # Uncached: each tensor is an allocation of its own, whose ends memcheck knows.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(root)}
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=oodkern"]
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=oodkern"]
     done = subprocess.run(
         [*command, sys.executable, "-c", LAUNCH, *paths], env=environment, capture_output=True, text=True, cwd=Path("/")
     )
