@@ -7,7 +7,6 @@
 // Only scores between the lowest id and the highest x are in a pair that counts; with c among them no term is larger
 // than that distance, however large the scores and wherever the others lie. The counts are the slopes.
 #include "../pairwise_hinge.h"
-#include "host.h"
 #include "row_launch.h"
 
 namespace oodkern {

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 from emulate import LIBRARY, compile_rooms
-from emulated import EmulatedOps
+from emulated import EmulatedOps, Namespace
+from torch import ops
 
-from oodkern.ops import _autograd
+from oodkern.ops import _autograd, _product
 
 
 @pytest.fixture(scope="session")
@@ -33,4 +34,6 @@ def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
     monkeypatch.setattr(_autograd, "_raw", rooms.raw)
+    monkeypatch.setattr(ops, Namespace.NAME, Namespace(rooms), raising=False)
+    monkeypatch.setitem(_product.NAMESPACES, "native", Namespace.NAME)
     return rooms

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,18 @@ class EmulatedOps:
     def launched(self) -> set[str]:
         """Names of the kernels that ran since this was asked last."""
         return set(self.library.launched_kernels().decode().split())
+
+
+class Namespace:
+    """Stands for torch.ops.oodkern where raw ops are called by the name of their backend."""
+
+    NAME = "oodkern_in_the_emulator"
+
+    def __init__(self, rooms: EmulatedOps) -> None:
+        self._rooms = rooms
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(self._rooms.raw, name)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
