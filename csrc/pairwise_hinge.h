@@ -40,5 +40,4 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_hinge(const Tensor& id_score, const 
 }  // namespace oodkern
 
 // The raw op in a library's implementation.
-#define OODKERN_PAIRWISE_HINGE_OPS(m, Engine) \
-  m.impl("pairwise_hinge", TORCH_BOX(&oodkern::pairwise_hinge<Engine>))
+#define OODKERN_PAIRWISE_HINGE_OPS(m, Engine) m.impl("pairwise_hinge", TORCH_BOX(&oodkern::pairwise_hinge<Engine>))

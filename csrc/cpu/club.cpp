@@ -49,7 +49,8 @@ void sums_of(const Club& club, Real* value, Real* columns) {
   const int64_t D = club.D, parts = row_parts(club);
   const double n = double(club.N);
   std::vector<double> total(parts * D, 0.0);
-  in_parts(club, [&](const ClubPart& part, int64_t p) { engines().club.totals(club.call, part, total.data() + p * D); });
+  in_parts(club,
+           [&](const ClubPart& part, int64_t p) { engines().club.totals(club.call, part, total.data() + p * D); });
   add_up(total, parts, D);
   Real *center = columns, *rest = center + D, *variance = rest + D, *weight = variance + D, *mean = weight + D;
   for (int64_t d = 0; d < D; ++d) center[d] = Real(total[d] / n);
@@ -93,9 +94,8 @@ struct CpuClub {
                        const ClubGradients& out) {
     const double upstream = real_of(club.call.storage == Storage::kFloat64, grad.const_data_ptr(), 0);
     const double scale = upstream / double(std::max<int64_t>(club.N, 1));
-    in_parts(club, [&](const ClubPart& part, int64_t) {
-      engines().club.gradients(club.call, part, columns, scale, out);
-    });
+    in_parts(club,
+             [&](const ClubPart& part, int64_t) { engines().club.gradients(club.call, part, columns, scale, out); });
   }
 
   static void prepare(void* data, int64_t bytes) { prefer_large_pages(data, bytes); }

@@ -23,7 +23,11 @@ ClubInputs<Stored> inputs_of(const Club& club, int64_t multiprocessors) {
   ClubInputs<Stored> in{matrix_of<const Stored>(call.mean, call.mean_stride),
                         matrix_of<const Stored>(call.log_variance, call.log_variance_stride),
                         matrix_of<const Stored>(call.target, call.target_stride),
-                        club.N, club.D, 0, 0, 0};
+                        club.N,
+                        club.D,
+                        0,
+                        0,
+                        0};
   const int64_t tile = 32 * Vector<Stored>::kWidth;
   in.tiles = (club.D + tile - 1) / tile;
   const int64_t wanted = std::max<int64_t>(1, kBlocksAtOnce * multiprocessors / std::max<int64_t>(in.tiles, 1));

@@ -5,10 +5,11 @@
 //
 // which never squares a y that is far from 0. A slice of rows is summed about a center of its own, the rounded mean of
 // its rows, so that everything is read from memory once; its target is read again, from a cache. Slices are brought to
-// the common center ybar in double: with d = y - center, e = mean - center and s = ybar - center,
+// a common center in double, ybar rounded to Real, and what that rounding left out is put right at last, by the same
+// shift: with d = y - center, e = mean - center and sums about center + s,
 //
-//   sum c^2 = sum d^2 - 2 s sum d + n s^2,                         sum m w = sum e w - s sum w,
-//   sum (c m - c^2 / 2) w = sum (d e - d^2 / 2) w - s sum e w + s^2 / 2 sum w.
+//   sum d -> sum d - n s,   sum d^2 -> sum d^2 - 2 s sum d + n s^2,   sum e w -> sum e w - s sum w,
+//   sum (d e - d^2 / 2) w -> sum (d e - d^2 / 2) w - s sum e w + s^2 / 2 sum w.
 #pragma once
 
 #include <type_traits>
@@ -150,10 +151,9 @@ __device__ __forceinline__ double over_column(const Words& words, double value) 
 
 // Slices of all columns to columns [kColumnNumbers, D]; bounds [groups of columns] of N L.
 template <class Real>
-__global__ void __launch_bounds__(kThreads, 2)
-    club_columns(const Real* partials, int64_t slices, int64_t slice_rows, int64_t N, int64_t D, Real* columns,
-                 double* bounds) {
-  OODKERN_SHARED(double, words, kWarps * kClubGroup);
+__global__ void __launch_bounds__(kThreads, 2) club_columns(const Real* partials, int64_t slices, int64_t slice_rows,
+                                                            int64_t N, int64_t D, Real* columns, double* bounds) {
+  OODKERN_SHARED(double, words, kWarps* kClubGroup);
   const int thread = int(threadIdx.x);
   constexpr int kStep = kThreads / kClubGroup;
   const int64_t groups = (D + kClubGroup - 1) / kClubGroup;
@@ -170,26 +170,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     double sum = 0;
     for (int64_t s = thread / kClubGroup; s < last; s += kStep) sum += rows(s) * part(s, kCenter) + part(s, kD);
-    const double middle = over_column(words, sum) / n;
+    const Real center = Real(over_column(words, sum) / n);
 
-    double square = 0, weight = 0, mean = 0, contrast = 0;
+    double d = 0, square = 0, weight = 0, mean = 0, contrast = 0;
     for (int64_t s = thread / kClubGroup; s < last; s += kStep) {
-      const double shift = middle - part(s, kCenter), A = part(s, kWeight), B = part(s, kMean);
-      square += part(s, kSquare) + shift * (rows(s) * shift - 2 * part(s, kD));
+      const double shift = double(center) - part(s, kCenter), A = part(s, kWeight), B = part(s, kMean);
+      const double D = part(s, kD), moved = D - rows(s) * shift;
+      d += moved;
+      square += part(s, kSquare) - shift * (D + moved);
       weight += A;
       mean += B - shift * A;
       contrast += part(s, kContrast) - shift * (B - 0.5 * shift * A);
     }
-    const double variance = over_column(words, square) / n;
+    const double rest = over_column(words, d) / n, variance = over_column(words, square) / n - rest * rest;
     weight = over_column(words, weight);
     mean = over_column(words, mean);
-    contrast = over_column(words, contrast);
+    contrast = over_column(words, contrast) - rest * (mean - 0.5 * rest * weight);
+    mean -= rest * weight;
 
     const bool writes = thread < kClubGroup && column < D;
     if (writes) {
-      const Real center = Real(middle);
       columns[kColumnCenter * D + column] = center;
-      columns[kColumnRest * D + column] = Real(middle - double(center));
+      columns[kColumnRest * D + column] = Real(rest);
       columns[kColumnVariance * D + column] = Real(variance);
       columns[kColumnWeight * D + column] = Real(weight / n);
       columns[kColumnMean * D + column] = Real(mean / n);

@@ -83,8 +83,8 @@ __device__ __forceinline__ double count_group(const Hinge<Real>& hinge, HingeEnd
         [&](int i, double ood) { return ood + hinge.margin <= double(score[i]); }, found);
   } else {
     search(
-        hinge.sorted_id, hinge.N, hinge.id_step,
-        [&](int i, double id) { return id < double(score[i]) + hinge.margin; }, found);
+        hinge.sorted_id, hinge.N, hinge.id_step, [&](int i, double id) { return id < double(score[i]) + hinge.margin; },
+        found);
   }
   double sum = 0;
 #pragma unroll
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, 2) hinge_counts(const Hinge<Real> hi
   const int of_id = hinge.groups_of_id(), groups = hinge.groups();
   for (int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
     const int64_t first = (group < of_id ? group : group - of_id) * Hinge<Real>::kGroup;
-    double sum = group < of_id ? count_group<Real, true>(hinge, ends, first)
-                               : count_group<Real, false>(hinge, ends, first);
+    double sum =
+        group < of_id ? count_group<Real, true>(hinge, ends, first) : count_group<Real, false>(hinge, ends, first);
     sum = total_of_block(sum);
     if (threadIdx.x == 0) partials[group] = sum;
   }

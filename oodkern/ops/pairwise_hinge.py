@@ -35,13 +35,13 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
         is empty it is 0, with gradient 0.
 
     Differentiable, in both scores; gradients have their dtype. A pair at the hinge itself, ood - id + margin = 0, has
-    slope 0, as in torch.relu; the second derivative in the scores is 0, and exact in what comes after the loss, whose
-    slopes are constants to it. The sign of a pair is that of ood + margin in float64 against id. A NaN, or an infinity less itself, makes the loss NaN, and the kernels' gradients too;
-    an ood_score of +inf or an id_score of -inf makes the loss +inf and leaves the gradients what they are.
+    slope 0, as in torch.relu; the second derivative is 0 in the scores and exact in what the loss goes into. The sign
+    of a pair is that of ood + margin in float64 against id. A NaN, or an infinity less itself, makes the loss NaN, and
+    the kernels' gradients too; an ood_score of +inf or an id_score of -inf makes the loss +inf and leaves the
+    gradients what they are.
 
-    O((N + M) log min(N, M)) time (on CUDA both are sorted) and O(N + M) memory, where the smaller set (on CUDA each)
-    has fewer than 2^30 scores. Raises
-    TypeError or ValueError for an argument of the wrong kind or shape.
+    O((N + M) log min(N, M)) time (on CUDA both sets are sorted) and O(N + M) memory, where the smaller set (on CUDA
+    each) has fewer than 2^30 scores. Raises TypeError or ValueError for an argument of the wrong kind or shape.
 
     Source: the gap loss of EDGE, where id_score are the samples of lowest JointEnergy in the batch.
     """

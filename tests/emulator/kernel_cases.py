@@ -6,10 +6,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import club_cases
 import energy_cases
+import club_cases
+import energy_cases
+import pairwise_hinge_cases
 import select_cases
 
-ROOMS = (energy_cases, select_cases)
+ROOMS = (energy_cases, club_cases, pairwise_hinge_cases, select_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
