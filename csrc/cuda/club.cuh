@@ -227,16 +227,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Math = std::conditional_t<sizeof(Real) == 8, Double, Float>;
   constexpr int kWidth = Vector<Stored>::kWidth;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  constexpr int kPart = Vector<Real>::kWidth;
+  const bool aligned = reinterpret_cast<uintptr_t>(columns) % 16 == 0 && in.D % kPart == 0;
   const Real scale = Real(double(*grad) / double(in.N));
   for (int64_t item = blockIdx.x; item < in.items(); item += gridDim.x) {
     const int64_t begin = item / in.tiles * in.slice_rows, at = (item % in.tiles * 32 + lane) * kWidth;
     const int64_t end = begin + in.slice_rows < in.N ? begin + in.slice_rows : in.N;
-    Real of[kColumnNumbers][kWidth];
+    Real of[kColumnNumbers][kWidth / kPart][kPart];
 #pragma unroll
     for (int which = 0; which < kColumnNumbers; ++which) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) of[which][i] = at + i < in.D ? columns[which * in.D + at + i] : Real(0);
+      for (int j = 0; j < kWidth / kPart; ++j) {
+        load_elements(columns + which * in.D, at + j * kPart, in.D, aligned, Real(0), of[which][j]);
+      }
     }
+    const auto column = [&](int which, int i) { return of[which][i / kPart][i % kPart]; };
     for (int64_t n = begin + warp; n < end; n += kWarps) {
       Real y[kWidth], mu[kWidth], w[kWidth], result[kWidth];
       load_elements(in.target.row(n), at, in.D, in.target.aligned, Real(0), y);
@@ -244,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       load_elements(in.log_variance.row(n), at, in.D, in.log_variance.aligned, Real(0), w);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) w[i] = Math::exp_of_negative(-w[i]);
-      const auto c = [&](int i) { return (y[i] - of[kColumnCenter][i]) - of[kColumnRest][i]; };
+      const auto c = [&](int i) { return (y[i] - column(kColumnCenter, i)) - column(kColumnRest, i); };
       if (out.mean.data) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) result[i] = scale * c(i) * w[i];
@@ -253,15 +258,15 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (out.log_variance.data) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          const Real m = (mu[i] - of[kColumnCenter][i]) - of[kColumnRest][i];
-          result[i] = Real(-0.5) * scale * w[i] * (of[kColumnVariance][i] + c(i) * (Real(2) * m - c(i)));
+          const Real m = (mu[i] - column(kColumnCenter, i)) - column(kColumnRest, i);
+          result[i] = Real(-0.5) * scale * w[i] * (column(kColumnVariance, i) + c(i) * (Real(2) * m - c(i)));
         }
         store_elements(out.log_variance.row(n), at, in.D, out.log_variance.aligned, result);
       }
       if (out.target.data) {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          result[i] = scale * ((mu[i] - y[i]) * w[i] + (of[kColumnWeight][i] * c(i) - of[kColumnMean][i]));
+          result[i] = scale * ((mu[i] - y[i]) * w[i] + (column(kColumnWeight, i) * c(i) - column(kColumnMean, i)));
         }
         store_elements(out.target.row(n), at, in.D, out.target.aligned, result);
       }
