@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t group = threadIdx.x; group < hinge.groups(); group += kThreads) sum += partials[group];
   sum = total_of_block(sum);
   if (threadIdx.x != 0) return;
-  // Rounding may leave less than 0 of a sum of nothing but tiny differences.
+  // The lowest id and the highest x differ by as much as the largest term: of fewer than 2^53 pairs that count,
+  // rounding leaves more than 0.
   *value = HingeEnds::of(hinge).nan ? Real(NAN) : Real(sum < 0 ? 0 : sum * hinge.share);
 }
 
