@@ -8,8 +8,6 @@ from pathlib import Path
 
 import club_cases
 import energy_cases
-import club_cases
-import energy_cases
 import pairwise_hinge_cases
 import select_cases
 
