@@ -15,16 +15,23 @@ BACKENDS = ("native", "triton", "reference")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "energy": {"cpu": ("native",), "cuda": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ()},
-    "linear_energy": {"cpu": ("native", "triton"), "cuda": ("triton",)},
-    "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "linear_energy": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "subspace": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "heads": {"cpu": ("native",), "cuda": ()},
     "club": {"cpu": ("native",), "cuda": ()},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
     "extremes": {"cpu": ("native",), "cuda": ()},
     "distill": {"cpu": ("native",), "cuda": ()},
-    "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "select": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
+
+# Rooms whose native CUDA kernels stream features past a few classes, forward alone: derivatives are Triton's, without
+# which these kernels serve where there are none.
+STREAMS = {"linear_energy": "triton", "subspace": "triton", "select": None}
+STREAM_DTYPES = (torch.bfloat16, torch.float16)
+STREAM_CLASSES = 192
+STREAM_FEATURES = 1 << 20
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,9 +59,21 @@ def choose_backend(
     device = "cuda" if arch.startswith("sm_") else arch
     if dtype in DTYPES:
         for name in KERNELS[room].get(device, ()):
-            if name in available and not (name == "triton" and dtype == torch.float64):
+            if name == "triton" and dtype == torch.float64:
+                continue
+            if name == "native" and device == "cuda" and not _streams(room, D, K, dtype, available):
+                continue
+            if name in available:
                 return name
     return "reference"
+
+
+def _streams(room: str, D: int, K: int, dtype: torch.dtype, available: Collection[str]) -> bool:
+    """Whether a room's native CUDA kernels take such a product; True for rooms whose kernels take anything."""
+    if room not in STREAMS:
+        return True
+    fits = dtype in STREAM_DTYPES and 1 <= K <= STREAM_CLASSES and 1 <= D <= STREAM_FEATURES
+    return fits and (STREAMS[room] is None or STREAMS[room] in available)
 
 
 def available_backends(device: str) -> tuple[str, ...]:

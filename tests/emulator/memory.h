@@ -24,6 +24,7 @@ struct Access {
 
 struct Word {
   bool written = false;
+  bool awaited = false;  // an asynchronous copy to it is under way
   Access writer;
   std::vector<Access> readers;  // since it was written
 };
@@ -43,6 +44,7 @@ class SharedArray {
 
   T load(int64_t i) const {
     Word& word = at(i);
+    if (word.awaited) current->fail(place(i) + " is read while an asynchronous copy to it is under way");
     if (!word.written) current->fail(place(i) + " is read before anything was written to it");
     if (!word.writer.is_ordered()) race(i, "is read", "wrote it", word.writer);
     const Access access = Access::now();
@@ -55,12 +57,24 @@ class SharedArray {
 
   void store(int64_t i, T value) const {
     Word& word = at(i);
+    if (word.awaited) current->fail(place(i) + " is written while an asynchronous copy to it is under way");
     if (word.written && !word.writer.is_ordered()) race(i, "is written", "wrote it", word.writer);
     for (const Access& reader : word.readers) {
       if (!reader.is_ordered()) race(i, "is written", "read it", reader);
     }
-    word = {true, Access::now(), {}};
+    word = {true, false, Access::now(), {}};
     words_->values[size_t(i)] = value;
+  }
+
+  // Written from now on, for whoever may still read the word; there when the thread has waited for it. `words` outlive
+  // the block's threads.
+  void copy_async(int64_t i, const T* from) const {
+    store(i, T());
+    at(i).awaited = true;
+    current->running->copies.push_back([self = *this, i, from] {
+      self.at(i).awaited = false;
+      self.store(i, *from);
+    });
   }
 
  private:
