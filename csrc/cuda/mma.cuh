@@ -1,8 +1,8 @@
 // Products of a warp's tensor cores on 16-bit numbers, and copies into shared memory that nobody waits for at once.
 //
-// mma_16x8x16 is mma.sync.m16n8k16: C [16, 8] += A [16, 16] B [16, 8], float32 sums of exact products of 16-bit numbers.
-// A's rows and B's columns are dense in k ("row.col"). With lane = 4 g + t (g = 0..7, t = 0..3) the PTX ISA's tables
-// "Matrix Fragments for mma.m16n8k16 with floating point type" give
+// mma_16x8x16 is mma.sync.m16n8k16: C [16, 8] += A [16, 16] B [16, 8], float32 sums of exact products of 16-bit
+// numbers. A's rows and B's columns are dense in k ("row.col"). With lane = 4 g + t (g = 0..7, t = 0..3) the PTX ISA's
+// tables "Matrix Fragments for mma.m16n8k16 with floating point type" give
 //
 //   a_i, i = 0..7   row  g      for i in {0, 1, 4, 5}, g + 8 elsewhere;   k = 2 t + (i & 1) + (8 for i >= 4)
 //   b_i, i = 0..3   column  g;                                            k = 2 t + (i & 1) + (8 for i >= 2)

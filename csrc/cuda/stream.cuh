@@ -1,7 +1,8 @@
-// The stream engine: row reductions of z_k = factor_k (x . w_k) + offset_k for few classes (K <= 192) of 16-bit numbers,
-// at the speed at which features can be read. A warp owns 32 rows (16 beyond 104 classes), whose logits are float32
-// sums in its registers; features go from memory to registers and nowhere else, several slabs of 32 columns ahead of
-// the tensor cores and across the ends of tiles. Classes are packed in the order of fragments (stream_pack.cuh):
+// The stream engine: row reductions of z_k = factor_k (x . w_k) + offset_k for few classes (K <= 192) of 16-bit
+// numbers, at the speed at which features can be read. A warp owns 32 rows (16 beyond 104 classes), whose logits are
+// float32 sums in its registers; features go from memory to registers and nowhere else, several slabs of 32 columns
+// ahead of the tensor cores and across the ends of tiles. Classes are packed in the order of fragments
+// (stream_pack.cuh):
 //
 //   weight [slabs, K / 8, 32 lanes] of 16 bytes; lane 4 g + t has class 8 b + g at columns 32 s + 8 t..+7
 //
@@ -169,8 +170,8 @@ template <int kBlocks>
 struct StreamShape {
   static constexpr int kTiles = kBlocks <= 13 ? 2 : 1;  // of 16 rows
   static constexpr int kStages = kBlocks == 13 ? 3 : 4;
-  static constexpr int kRows = kWarps * 16 * kTiles;            // of a block
-  static constexpr int kGroup = kStages * kBlocks * 32;         // Words of a group of slabs
+  static constexpr int kRows = kWarps * 16 * kTiles;     // of a block
+  static constexpr int kGroup = kStages * kBlocks * 32;  // Words of a group of slabs
 };
 
 template <class Stored, int kBlocks>
@@ -291,8 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
     for (int slab = 0; slab < slabs; ++slab) {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        const Words a =
-            load_eight(address_of(row_of(tile, i)), slab * kSlab + 8 * t, call.columns, call.aligned);
+        const Words a = load_eight(address_of(row_of(tile, i)), slab * kSlab + 8 * t, call.columns, call.aligned);
         const int at = (slab * kBlocks + index[i] / 8) * 32 + index[i] % 8 * 4 + t;
         const Words c = call.resident ? load_words(weight, at) : load_words(call.weight + at);
         float sum = 0;

@@ -30,7 +30,11 @@ def raw(backend: str, name: str, *arguments: Any) -> Any:
         if triton_kernels.missing["cuda"]:
             raise RuntimeError(f"backend('native') has no {name} on cuda, and Triton: {triton_kernels.missing['cuda']}")
         backend = "triton"
-    return getattr(getattr(torch.ops, NAMESPACES[backend]), name)(*arguments)
+    return _call(NAMESPACES[backend], name, *arguments)
+
+
+def _call(namespace: str, name: str, *arguments: Any) -> Any:
+    return getattr(getattr(torch.ops, namespace), name)(*arguments)
 
 
 def register_fake(name: str, fake: Callable[..., Any]) -> None:

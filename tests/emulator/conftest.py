@@ -7,7 +7,7 @@ import pytest
 from emulate import LIBRARY, compile_rooms
 from emulated import EmulatedOps
 
-from oodkern.ops import _autograd
+from oodkern.ops import _autograd, _product
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +28,5 @@ def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
     monkeypatch.setattr(_autograd, "_raw", rooms.raw)
+    monkeypatch.setattr(_product, "_call", rooms.call_of)
     return rooms

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEY_NAME = "PrivateUse1"
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)  # of tests/emulator/emulated_host.h
 
 
@@ -46,8 +47,16 @@ class EmulatedOps:
         return words.as_strided(tensor.shape, tensor.stride())
 
     def raw(self, name: str, *arguments: Any) -> Any:
+        return self.call(name, *(argument for argument in arguments if argument is not None))
+
+    def call_of(self, namespace: str, name: str, *arguments: Any) -> Any:
+        """In the place of oodkern.ops._product._call; ops that have no CUDA kernels are those of the namespace."""
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"oodkern::{name}", KEY_NAME):
+            return self.call(name, *arguments)
+        return getattr(getattr(torch.ops, namespace), name)(*arguments)
+
+    def call(self, name: str, *arguments: Any) -> Any:
         op = getattr(torch.ops.oodkern, name).default
-        arguments = tuple(argument for argument in arguments if argument is not None)
         self.library.set_up(self.order, self.seed, self.multiprocessors, self.shared_bytes, self.offset)
         try:
             placed = []
