@@ -24,6 +24,24 @@ def test_choice_is_a_function_of_its_arguments():
         choose_backend("enery", 1, 1, 1, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("room", ["linear_energy", "subspace", "select"])
+def test_few_classes_are_streamed(room):
+    """Native CUDA kernels of 16-bit features and up to 192 classes, whose derivatives are Triton's."""
+
+    def chosen(D, K, dtype=torch.bfloat16, available=backends.BACKENDS):
+        return choose_backend(room, 1000, D, K, dtype, "sm_90", available)
+
+    for K in (1, 10, 192):
+        assert chosen(512, K) == chosen(512, K, torch.float16) == "native"
+        assert chosen(512, K, torch.float32) == "triton"
+        assert chosen(512, K, torch.float64) == "reference"
+        assert chosen(512, K, available=("triton", "reference")) == "triton"
+        assert chosen(512, K, available=("native", "reference")) == ("native" if room == "select" else "reference")
+    for D, K in ((512, 0), (512, 193), (0, 10), ((1 << 20) + 1, 10)):
+        assert chosen(D, K) == "triton"
+    assert choose_backend(room, 1000, 512, 1000, torch.bfloat16, "cpu") == "native"
+
+
 def test_table_names_known_backends():
     for devices in KERNELS.values():
         for names in devices.values():

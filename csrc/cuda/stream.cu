@@ -2,6 +2,7 @@
 #include "../check.h"
 #include "host.h"
 #include "stream_pack.cuh"
+#include "stream_subspace.cuh"
 
 #include <string>
 
@@ -12,16 +13,26 @@ using device::Stream;
 using device::StreamCall;
 using device::Words;
 
-void check_streams(const Tensor& features, const Tensor& weight, const char* name) {
+void check_features(const Tensor& features) {
   check_matrix(features, "features");
-  check_same_columns(weight, name, features);
-  check_same_device(weight, name, features, "features");
   STD_TORCH_CHECK(features.scalar_type() == ScalarType::BFloat16 || features.scalar_type() == ScalarType::Half,
                   "features: the CUDA kernels take bfloat16 and float16");
-  STD_TORCH_CHECK(weight.size(0) >= 1 && weight.size(0) <= device::kMostClasses, name,
-                  ": the CUDA kernels take 1 to 192 rows, got ", weight.size(0));
   STD_TORCH_CHECK(features.size(1) >= 1 && features.size(1) <= 1 << 20,
                   "features: the CUDA kernels take 1 to 1,048,576 columns, got ", features.size(1));
+}
+
+void check_streams(const Tensor& features, const Tensor& weight, const char* name) {
+  check_features(features);
+  check_same_columns(weight, name, features);
+  check_same_device(weight, name, features, "features");
+  STD_TORCH_CHECK(weight.size(0) >= 1 && weight.size(0) <= device::kMostClasses, name,
+                  ": the CUDA kernels take 1 to 192 rows, got ", weight.size(0));
+}
+
+// From the first multiple of 16 bytes on.
+Words* aligned_words(const Tensor& workspace) {
+  char* memory = static_cast<char*>(workspace.mutable_data_ptr());
+  return reinterpret_cast<Words*>(memory + (16 - reinterpret_cast<uintptr_t>(memory) % 16) % 16);
 }
 
 bool aligned(const Rows& rows) {
@@ -35,10 +46,8 @@ void run_blocks(const CudaStream& stream, StreamCall call, device::PackCall pack
   const int64_t words = slabs * kBlocks * 32;
   // The packed classes from a multiple of 16 bytes on, and the constants behind them.
   const Tensor workspace = empty_of(like, {4 * words + 16 * kBlocks + 3}, ScalarType::Float);
-  char* memory = static_cast<char*>(workspace.mutable_data_ptr());
-  memory += (16 - reinterpret_cast<uintptr_t>(memory) % 16) % 16;
   pack.blocks = kBlocks;
-  pack.packed = reinterpret_cast<Words*>(memory);
+  pack.packed = aligned_words(workspace);
   pack.constants = reinterpret_cast<float*>(pack.packed + words);
   stream.launch("pack_classes", device::pack_classes<Stored>, kBlocks, device::kThreads, 0, pack);
   call.weight = pack.packed;
@@ -159,6 +168,78 @@ std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& 
   return {index, distance};
 }
 
+template <class Stored, class BasisStored, int kBlocks>
+void run_subspace(const CudaStream& stream, device::SubspaceCall call, device::PackBasisCall pack, const Tensor& like) {
+  using Shape = device::SubspaceShape<kBlocks>;
+  const int64_t slabs = (call.columns + device::kSlab - 1) / device::kSlab;
+  const int64_t words = 2 * slabs * call.parts * kBlocks * 32;
+  const Tensor workspace = empty_of(like, {4 * words + 3}, ScalarType::Float);
+  pack.blocks = kBlocks;
+  pack.packed = aligned_words(workspace);
+  call.packed = pack.packed;
+  const int64_t pack_blocks = (words + device::kThreads - 1) / device::kThreads;
+  stream.launch("pack_basis", device::pack_basis<BasisStored>, pack_blocks < 1024 ? pack_blocks : 1024,
+                device::kThreads, 0, pack);
+  const int64_t tiles = (call.rows + Shape::kRows - 1) / Shape::kRows;
+  stream.launch("subspace_rows", device::subspace_rows<Stored, kBlocks>,
+                tiles < stream.multiprocessors() ? tiles : stream.multiprocessors(), device::kThreads,
+                2 * 16 * Shape::kGroup, call);
+}
+
+template <class Stored, class BasisStored>
+void run_subspace_stored(const CudaStream& stream, const device::SubspaceCall& call, const device::PackBasisCall& pack,
+                         const Tensor& like) {
+  if (call.rank <= 16) return run_subspace<Stored, BasisStored, 2>(stream, call, pack, like);
+  if (call.rank <= 64) return run_subspace<Stored, BasisStored, 8>(stream, call, pack, like);
+  if (call.rank <= 112) return run_subspace<Stored, BasisStored, 14>(stream, call, pack, like);
+  return run_subspace<Stored, BasisStored, 24>(stream, call, pack, like);
+}
+
+std::tuple<Tensor, Tensor> subspace_energy(const Tensor& features, const Tensor& basis) {
+  check_features(features);
+  check_matrix(basis, "basis");
+  check_same_device(basis, "basis", features, "features");
+  STD_TORCH_CHECK(basis.size(0) == features.size(1), "basis: expected [D, r] for features [N, D]");
+  const bool wide = basis.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(wide || basis.scalar_type() == features.scalar_type(),
+                  "basis: expected float32 or the dtype of features");
+  STD_TORCH_CHECK(basis.size(1) >= 1 && basis.size(1) <= device::kMostClasses,
+                  "basis: the CUDA kernels take 1 to 192 columns, got ", basis.size(1));
+  Tensor inside = per_row(features), outside = per_row(features);
+  if (features.size(0) == 0) return {inside, outside};
+  const CudaStream stream(features);
+  const Rows x = as_rows(features);
+  device::SubspaceCall call{};
+  call.features = x.data();
+  call.features_stride = x.stride;
+  call.rows = x.rows;
+  call.columns = int(x.columns);
+  call.rank = int(basis.size(1));
+  call.aligned = aligned(x);
+  call.inside = floats_of(inside);
+  call.outside = floats_of(outside);
+  device::PackBasisCall pack{};
+  pack.basis = basis.const_data_ptr();
+  pack.row_stride = basis.stride(0);
+  pack.column_stride = basis.stride(1);
+  pack.columns = call.columns;
+  pack.rank = call.rank;
+  const bool brain = features.scalar_type() == ScalarType::BFloat16;
+  pack.parts = call.parts = wide ? 3 : brain ? 1 : 2;
+  if (brain) {
+    if (wide) {
+      run_subspace_stored<device::BFloat16, float>(stream, call, pack, features);
+    } else {
+      run_subspace_stored<device::BFloat16, device::BFloat16>(stream, call, pack, features);
+    }
+  } else if (wide) {
+    run_subspace_stored<device::Float16, float>(stream, call, pack, features);
+  } else {
+    run_subspace_stored<device::Float16, device::Float16>(stream, call, pack, features);
+  }
+  return {inside, outside};
+}
+
 }  // namespace
 }  // namespace oodkern
 
@@ -166,5 +247,6 @@ OODKERN_CUDA_OPS(m) {
   m.impl("linear_score", TORCH_BOX(&oodkern::linear_score));
   m.impl("linear_scores", TORCH_BOX(&oodkern::linear_scores));
   m.impl("alignment", TORCH_BOX(&oodkern::alignment));
+  m.impl("subspace_energy", TORCH_BOX(&oodkern::subspace_energy));
   m.impl("nearest_center", TORCH_BOX(&oodkern::nearest_center));
 }

@@ -17,8 +17,8 @@
 // 3.4 TB/s busy at 0.7 us takes 18 KB in flight a multiprocessor: 8 warps have up to 4 slabs each, 64 KB.
 #pragma once
 
-#include "mma.cuh"
 #include "row.cuh"
+#include "stream_features.cuh"
 
 namespace oodkern::device {
 
@@ -44,20 +44,6 @@ struct StreamCall {
   float* msp;
   int64_t* index;  // [rows]
 };
-
-// Elements [at, at + 8) of a row, zeros behind its end. Where addresses are no multiples of 16, or the row ends, one
-// after another.
-template <class Stored>
-__device__ __forceinline__ Words load_eight(const Stored* row, int at, int columns, bool aligned) {
-  if (aligned && at + 8 <= columns) return load_words(row + at);
-  uint64_t low = 0, high = 0;
-#pragma unroll 1
-  for (int i = at; i < at + 4; ++i) {
-    low = low >> 16 | uint64_t(i < columns ? row[i].bits : 0) << 48;
-    high = high >> 16 | uint64_t(i + 4 < columns ? row[i + 4].bits : 0) << 48;
-  }
-  return {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
-}
 
 // A warp's sums for 16 kTiles rows and 8 kBlocks classes: z[m][b] are c_i of mma.cuh, rows 16 m.. and classes 8 b..
 template <int kTiles, int kBlocks>
@@ -180,35 +166,12 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
   constexpr int kTiles = Shape::kTiles, kStages = Shape::kStages, kGroup = Shape::kGroup;
   OODKERN_DYNAMIC_SHARED(Words, weight);
   OODKERN_SHARED(float, constants, 16 * kBlocks);
-  const int thread = int(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int thread = int(threadIdx.x), lane = thread % 32, t = lane % 4;
   const int slabs = (call.columns + kSlab - 1) / kSlab;
   const int64_t tiles = (call.rows + Shape::kRows - 1) / Shape::kRows;
 
-  // Lanes behind the last row read it again.
-  const auto row_of = [&](int64_t tile, int i) { return tile * Shape::kRows + (thread / 32 * 2 * kTiles + i) * 8 + g; };
-  const auto address_of = [&](int64_t row) {
-    return static_cast<const Stored*>(call.features) + (row < call.rows ? row : call.rows - 1) * call.features_stride;
-  };
-  // Slabs in the order in which they are multiplied, tile after tile, each tile's rounded up to whole groups.
-  Words x[kStages][2 * kTiles];
-  const Stored* fetched[2 * kTiles];
-  int64_t fetched_tile = blockIdx.x;
-  int fetched_slab = 0;
-  const auto find_rows = [&] {
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) fetched[i] = address_of(row_of(fetched_tile, i));
-  };
-  const auto fetch = [&](Words(&into)[2 * kTiles]) {
-    const int at = fetched_slab * kSlab + 8 * t;
-    if (call.aligned && (fetched_slab + 1) * kSlab <= call.columns) {
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) into[i] = load_words(fetched[i] + at);
-    } else if (fetched_slab < slabs) {
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) into[i] = load_eight(fetched[i], at, call.columns, call.aligned);
-    }
-    ++fetched_slab;
-  };
+  FeatureStream<Stored, kTiles, kStages> x(call.features, call.features_stride, call.rows, call.columns, call.aligned,
+                                           1, kWarps);
   const auto copy = [&](int to, int slab) {
     const int count = (slabs - slab < kStages ? slabs - slab : kStages) * kBlocks * 32;
     for (int i = thread; i < count; i += kThreads) {
@@ -218,9 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
 
   for (int i = thread; i < 16 * kBlocks; i += kThreads) constants.store(i, call.constants[i]);
   for (int slab = 0; slab < (call.resident ? slabs : kStages); slab += kStages) copy(slab * kBlocks * 32, slab);
-  find_rows();
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) fetch(x[i]);
+  x.begin();
   if (call.resident) wait_for_copies();
   __syncthreads();
 
@@ -229,11 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
     Sums<kTiles, kBlocks> sums{};
     float squares[2 * kTiles] = {};
     for (int group = 0; group < slabs; group += kStages) {
-      if (fetched_slab >= slabs) {
-        fetched_slab = 0;
-        fetched_tile += gridDim.x;
-        find_rows();
-      }
+      x.next_group();
       int from = group * kBlocks * 32;
       if (!call.resident) {
         // Behind the barrier this group is there for everyone, and everyone has left the one before it, which the
@@ -248,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         if (group + stage < slabs) {
-          const Words(&own)[2 * kTiles] = x[stage];
+          const Words(&own)[2 * kTiles] = x.words[stage];
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) {
             const Words w = load_words(weight, from + (stage * kBlocks + b) * 32 + lane);
@@ -267,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
             }
           }
         }
-        fetch(x[stage]);
+        x.fetch(stage);
       }
     }
     // Row after row by the same instructions: all of them at once would be four times as many.
@@ -282,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
 #pragma unroll
         for (int k = 0; k < 2 * kBlocks; ++k) z[k] = sums.z[j / 2][k / 2][j % 2 * 2 + k % 2];
       }
-      const int found = finish_row(call, constants, row_of(tile, i), z, square);
+      const int found = finish_row(call, constants, x.row_of(tile, i), z, square);
 #pragma unroll
       for (int j = 0; j < 2 * kTiles; ++j) index[j] = i == j ? found : index[j];
     }
@@ -292,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
     for (int slab = 0; slab < slabs; ++slab) {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        const Words a = load_eight(address_of(row_of(tile, i)), slab * kSlab + 8 * t, call.columns, call.aligned);
+        const Words a = load_eight(x.address_of(x.row_of(tile, i)), slab * kSlab + 8 * t, call.columns, call.aligned);
         const int at = (slab * kBlocks + index[i] / 8) * 32 + index[i] % 8 * 4 + t;
         const Words c = call.resident ? load_words(weight, at) : load_words(call.weight + at);
         float sum = 0;
@@ -306,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
     }
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      const int64_t row = row_of(tile, i);
+      const int64_t row = x.row_of(tile, i);
       const float sum = total<4>(distance[i]);
       if (t == 0 && row < call.rows) {
         call.value[row] = sum;

@@ -12,6 +12,8 @@ from oodkern import reference
 
 DTYPES = (torch.bfloat16, torch.float16)
 
+PHI = 0.6180339887  # a float32 of 24 bits
+
 # (N, D, K): one of everything; tails of slabs; each number of blocks of classes, full and one over; more rows than a
 # block has, and more blocks than multiprocessors.
 SIZES = [
@@ -54,6 +56,14 @@ OPS: dict[str, tuple[Callable, Callable]] = {
     ),
     "linear_scores": (linear_scores, reference.linear_scores),
     "alignment": (lambda x, w, b: oodkern.alignment(x, w), lambda x, w, b: reference.alignment(x, w)),
+    "subspace_energy": (
+        lambda x, w, b: tuple(oodkern.subspace_energy(x, w.T)),
+        lambda x, w, b: reference.subspace_energy(x, w.T),
+    ),
+    "subspace_energy of float32": (
+        lambda x, w, b: tuple(oodkern.subspace_energy(x, (w.float() * torch.tensor(PHI)).T)),
+        lambda x, w, b: reference.subspace_energy(x, (w.float() * torch.tensor(PHI)).T.double()),
+    ),
     "nearest_center": (
         lambda x, w, b: tuple(oodkern.nearest_center(x, w)),
         lambda x, w, b: reference.nearest_center(x, w),
@@ -93,5 +103,5 @@ def judge_index(name: str, index: Tensor, inputs: Sequence[Tensor]) -> None:
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
     for dtype in DTYPES:
         for sizes in ((3, 40, 5), (3, 40, 60), (3, 40, 100), (3, 40, 192)):
-            for name in ("linear_energy", "alignment", "nearest_center"):
+            for name in ("linear_energy", "alignment", "subspace_energy", "nearest_center"):
                 judge(name, head(*sizes, dtype), through)

@@ -1,4 +1,4 @@
-"""The stream engine without a GPU: `linear_energy`, `alignment`, `nearest_center` of 16-bit features and few classes."""
+"""The stream engine without a GPU: rooms around a product of 16-bit features with few classes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_against_float64(dtype, name):
         judge(name, head(*sizes, dtype))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name in OPS if "subspace" not in name])
 @pytest.mark.parametrize("sizes", LONG_SIZES)
 def test_classes_in_shared_memory_or_by_groups(emulated, dtype, name, sizes):
     """Both ways give the same bits: sums are added in the same order."""
@@ -41,6 +41,12 @@ def test_classes_in_shared_memory_or_by_groups(emulated, dtype, name, sizes):
     emulated.order, emulated.seed = ORDERS["shuffled"], 3
     for a, b in zip(results_of(name, inputs), resident, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sizes", LONG_SIZES)
+def test_bases_by_groups(emulated, dtype, sizes):
+    emulated.order, emulated.seed, emulated.multiprocessors = ORDERS["shuffled"], 3, 1
+    judge("subspace_energy", head(*sizes, dtype))
 
 
 def test_every_order_gives_the_same_bits(emulated, dtype):
@@ -100,7 +106,9 @@ def test_nan_and_infinities_stay_in_their_rows(dtype):
         oracle = OPS[name][1](x.double(), w.double(), b.double())
         oracle = (oracle,) if isinstance(oracle, torch.Tensor) else oracle
         for a, exact in zip(dirty, oracle, strict=True):
-            if a.dtype == torch.float32 and name != "alignment":
+            if "subspace" in name:
+                assert not a[[17, 33]].isfinite().any()  # parts of infinities are infinities of either sign
+            elif a.dtype == torch.float32 and name != "alignment":
                 torch.testing.assert_close(a[[17, 33]].double(), exact[[17, 33]], rtol=0, atol=0, equal_nan=True)
 
 
