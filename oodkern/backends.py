@@ -33,6 +33,8 @@ STREAM_DTYPES = (torch.bfloat16, torch.float16)
 STREAM_CLASSES = 192
 STREAM_FEATURES = 1 << 20
 
+OLDEST_GPU = 80  # what csrc/cuda is compiled for begins here
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The backend that `backend()` demands, process-wide: a plain global, which torch.compile guards on.
@@ -59,11 +61,10 @@ def choose_backend(
     device = "cuda" if arch.startswith("sm_") else arch
     if dtype in DTYPES:
         for name in KERNELS[room].get(device, ()):
-            if name == "triton" and dtype == torch.float64:
-                continue
+            too_old = name == "native" and device == "cuda" and int(arch.removeprefix("sm_")) < OLDEST_GPU
             if name == "native" and device == "cuda" and not _streams(room, D, K, dtype, available):
                 continue
-            if name in available:
+            if name in available and not too_old and not (name == "triton" and dtype == torch.float64):
                 return name
     return "reference"
 
