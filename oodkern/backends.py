@@ -61,18 +61,17 @@ def choose_backend(
     device = "cuda" if arch.startswith("sm_") else arch
     if dtype in DTYPES:
         for name in KERNELS[room].get(device, ()):
-            too_old = name == "native" and device == "cuda" and int(arch.removeprefix("sm_")) < OLDEST_GPU
-            if name == "native" and device == "cuda" and not _streams(room, D, K, dtype, available):
-                continue
-            if name in available and not too_old and not (name == "triton" and dtype == torch.float64):
+            if name == "native" and device == "cuda":
+                old = int(arch.removeprefix("sm_")) < OLDEST_GPU
+                if old or (room in STREAMS and not _streams(room, D, K, dtype, available)):
+                    continue
+            if name in available and not (name == "triton" and dtype == torch.float64):
                 return name
     return "reference"
 
 
 def _streams(room: str, D: int, K: int, dtype: torch.dtype, available: Collection[str]) -> bool:
-    """Whether a room's native CUDA kernels take such a product; True for rooms whose kernels take anything."""
-    if room not in STREAMS:
-        return True
+    """Whether native CUDA kernels stream such a product."""
     fits = dtype in STREAM_DTYPES and 1 <= K <= STREAM_CLASSES and 1 <= D <= STREAM_FEATURES
     return fits and (STREAMS[room] is None or STREAMS[room] in available)
 

@@ -155,7 +155,7 @@ __device__ __forceinline__ int finish_row(const StreamCall& call, const Constant
 template <int kBlocks>
 struct StreamShape {
   static constexpr int kTiles = kBlocks <= 13 ? 2 : 1;  // of 16 rows
-  static constexpr int kStages = kBlocks == 13 ? 3 : 4;
+  static constexpr int kStages = kBlocks <= 8 ? 4 : 3;
   static constexpr int kRows = kWarps * 16 * kTiles;     // of a block
   static constexpr int kGroup = kStages * kBlocks * 32;  // Words of a group of slabs
 };
