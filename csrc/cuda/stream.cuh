@@ -14,7 +14,8 @@
 // features, 13 loads of 512 B at 128 B a cycle = 52 cycles of shared memory (9 TB/s of features) and 52 mma of 2,048
 // multiply-adds (4.5 TB/s at 1,024 a cycle and multiprocessor, the rate of sm_80; sm_90 is faster): above the 3.4 TB/s
 // of HBM3. With 16 rows a warp, shared memory would bound it at 4.5 TB/s; at K = 192 it does, at 2.5 TB/s. To keep
-// 3.4 TB/s busy at 0.7 us takes 18 KB in flight a multiprocessor: 8 warps have up to 4 slabs each, 64 KB.
+// 3.4 TB/s busy at 0.7 us takes 18 KB in flight a multiprocessor: 8 warps have up to 3 slabs of 32 rows each, 48 KB, or
+// of 16 rows, 24 KB.
 #pragma once
 
 #include "row.cuh"

@@ -159,6 +159,21 @@ def test_distances_do_not_cancel():
     torch.testing.assert_close(distance, (x.float() - x[:1].float()).square().sum(1), rtol=1e-6, atol=0)
 
 
+def test_what_is_left_outside_keeps_its_digits(dtype):
+    """A thousandth of the norm lies outside: 16 bits of y = U^T x would be off by more."""
+    generator = torch.Generator().manual_seed(3)
+    inner = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q.float()
+    u = torch.zeros(40, 8)
+    u[:8] = inner
+    x = torch.randn(50, 40, generator=generator)
+    x[:, 8:] *= 5e-4
+    x = x.to(dtype)
+    inside, outside = oodkern.subspace_energy(x, u)
+    exact = reference.subspace_energy(x.double(), u.double())
+    torch.testing.assert_close(inside.double(), exact[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(outside.double(), exact[1], rtol=2e-4, atol=0)
+
+
 def test_rows_and_classes_of_zeros(dtype):
     x, w, _ = head(4, 40, 5, dtype)
     x[1], w[2] = 0, 0
