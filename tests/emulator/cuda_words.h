@@ -89,6 +89,10 @@ inline int __all_sync(uint32_t mask, int predicate, OODKERN_HERE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
 
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+
 namespace emulator {
 
 // mma.sync.m16n8k16 on lanes' fragments; what is where: csrc/cuda/mma.cuh, from the PTX ISA.

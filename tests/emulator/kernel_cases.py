@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import energy_cases
+import select_cases
 import stream_cases
 
-ROOMS = (energy_cases, stream_cases)
+ROOMS = (energy_cases, select_cases, stream_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
