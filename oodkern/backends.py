@@ -15,16 +15,23 @@ BACKENDS = ("native", "triton", "reference")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "energy": {"cpu": ("native",), "cuda": ("native",)},
     "norm": {"cpu": ("native",), "cuda": ()},
-    "linear_energy": {"cpu": ("native", "triton"), "cuda": ("triton",)},
-    "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "linear_energy": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "subspace": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "heads": {"cpu": ("native",), "cuda": ()},
     "club": {"cpu": ("native",), "cuda": ("native",)},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ("native",)},
     "extremes": {"cpu": ("native",), "cuda": ("native",)},
     "distill": {"cpu": ("native",), "cuda": ()},
-    "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "select": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
+
+# Rooms whose native CUDA kernels stream features past a few classes, forward alone: derivatives are Triton's, without
+# which these kernels serve where there are none.
+STREAMS = {"linear_energy": "triton", "subspace": "triton", "select": None}
+STREAM_DTYPES = (torch.bfloat16, torch.float16)
+STREAM_CLASSES = 192
+STREAM_FEATURES = 1 << 20
 
 OLDEST_GPU = 80  # what csrc/cuda is compiled for begins here
 
@@ -54,10 +61,19 @@ def choose_backend(
     device = "cuda" if arch.startswith("sm_") else arch
     if dtype in DTYPES:
         for name in KERNELS[room].get(device, ()):
-            too_old = name == "native" and device == "cuda" and int(arch.removeprefix("sm_")) < OLDEST_GPU
-            if name in available and not too_old and not (name == "triton" and dtype == torch.float64):
+            if name == "native" and device == "cuda":
+                old = int(arch.removeprefix("sm_")) < OLDEST_GPU
+                if old or (room in STREAMS and not _streams(room, D, K, dtype, available)):
+                    continue
+            if name in available and not (name == "triton" and dtype == torch.float64):
                 return name
     return "reference"
+
+
+def _streams(room: str, D: int, K: int, dtype: torch.dtype, available: Collection[str]) -> bool:
+    """Whether native CUDA kernels stream such a product."""
+    fits = dtype in STREAM_DTYPES and 1 <= K <= STREAM_CLASSES and 1 <= D <= STREAM_FEATURES
+    return fits and (STREAMS[room] is None or STREAMS[room] in available)
 
 
 def available_backends(device: str) -> tuple[str, ...]:

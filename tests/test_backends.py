@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import oodkern
-from oodkern import backends, reference
+from oodkern import backends, reference, triton_kernels
 from oodkern.backends import BACKENDS, KERNELS, available_backends, backend, choose_backend
+from oodkern.ops import _product
 
 
 def test_choice_is_a_function_of_its_arguments():
@@ -23,6 +24,50 @@ def test_choice_is_a_function_of_its_arguments():
         match=f"room: expected one of {', '.join(KERNELS)}, got 'enery'",
     ):
         choose_backend("enery", 1, 1, 1, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("room", ["linear_energy", "subspace", "select"])
+def test_few_classes_are_streamed(room):
+    """Native CUDA kernels of 16-bit features and up to 192 classes, whose derivatives are Triton's."""
+
+    def chosen(D, K, dtype=torch.bfloat16, available=backends.BACKENDS):
+        return choose_backend(room, 1000, D, K, dtype, "sm_90", available)
+
+    for K in (1, 10, 192):
+        assert chosen(512, K) == chosen(512, K, torch.float16) == "native"
+        assert chosen(512, K, torch.float32) == "triton"
+        assert chosen(512, K, torch.float64) == "reference"
+        assert chosen(512, K, available=("triton", "reference")) == "triton"
+        assert chosen(512, K, available=("native", "reference")) == ("native" if room == "select" else "reference")
+    for D, K in ((512, 0), (512, 193), (0, 10), ((1 << 20) + 1, 10)):
+        assert chosen(D, K) == "triton"
+    assert choose_backend(room, 1000, 512, 1000, torch.bfloat16, "cpu") == "native"
+
+
+@pytest.mark.parametrize("missing", ["", "Triton is not there"])
+def test_derivatives_of_streams_are_tritons(monkeypatch, missing):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    called = []
+    monkeypatch.setattr(_product, "_call", lambda *names: called.append(names[:2]))
+    monkeypatch.setitem(triton_kernels.missing, "cuda", missing)
+    x = torch.zeros(3, 4)
+    _product.raw("native", "alignment_backward", x, x, x, True, True)
+    with FakeTensorMode():
+        x = torch.empty(3, 4, device="cuda")
+    _product.raw("native", "alignment", x, x)
+    _product.raw("triton", "alignment_backward", x, x, x, True, True)
+    assert called == [
+        ("oodkern", "alignment_backward"),
+        ("oodkern", "alignment"),
+        ("oodkern_triton", "alignment_backward"),
+    ]
+    if missing:
+        with pytest.raises(RuntimeError, match="has no linear_score_backward on cuda, and Triton: Triton is not there"):
+            _product.raw("native", "linear_score_backward", "energy", x)
+    else:
+        _product.raw("native", "linear_score_backward", "energy", x)
+        assert called[-1] == ("oodkern_triton", "linear_score_backward")
 
 
 def test_table_names_known_backends():

@@ -83,10 +83,11 @@ def formed_with_values(*tensors: Tensor) -> bool:
 def can_foresee(backend: str, *tensors: Tensor | None) -> bool:
     """Whether gradients can be formed with the score of a product, and may be.
 
-    Not in float16, whose gradients would leave the range before the loss's scale is known.
+    On the CPU; not in float16, whose gradients would leave the range before the loss's scale is known.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return backend == "native" and formed_with_values(*given) and all(tensor.dtype != torch.float16 for tensor in given)
+    kinds = all(tensor.device.type == "cpu" and tensor.dtype != torch.float16 for tensor in given)
+    return backend == "native" and kinds and formed_with_values(*given)
 
 
 def factor_of(grad: Tensor, foreseen: Tensor, linear: Tensor, one_rounding: bool) -> float | None:

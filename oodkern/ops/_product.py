@@ -13,11 +13,28 @@ from oodkern.ops._checks import check_floating
 
 # Backend -> the namespace of its raw ops.
 NAMESPACES = {"native": "oodkern", "triton": triton_kernels.NAMESPACE}
+# Raw ops that csrc/cuda/stream.cu leaves to Triton.
+STREAM_DERIVATIVES = (
+    *("linear_score_backward", "linear_score_double_backward", "alignment_backward"),
+    *("subspace_energy_backward", "subspace_energy_double_backward"),
+)
+
+
+def _on_cuda(arguments: Sequence[Any]) -> bool:
+    return any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
 
 
 def raw(backend: str, name: str, *arguments: Any) -> Any:
-    """Calls a raw op of a backend."""
-    return getattr(getattr(torch.ops, NAMESPACES[backend]), name)(*arguments)
+    """Calls a raw op of a backend; a derivative of what native CUDA kernels stream is Triton's."""
+    if backend == "native" and name in STREAM_DERIVATIVES and _on_cuda(arguments):
+        if triton_kernels.missing["cuda"]:
+            raise RuntimeError(f"backend('native') has no {name} on cuda, and Triton: {triton_kernels.missing['cuda']}")
+        backend = "triton"
+    return _call(NAMESPACES[backend], name, *arguments)
+
+
+def _call(namespace: str, name: str, *arguments: Any) -> Any:
+    return getattr(getattr(torch.ops, namespace), name)(*arguments)
 
 
 def register_fake(name: str, fake: Callable[..., Any]) -> None:

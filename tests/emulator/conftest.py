@@ -6,10 +6,7 @@ import shutil
 
 import pytest
 from emulate import LIBRARY, compile_rooms
-from emulated import EmulatedOps, Namespace
-from torch import ops
-
-from oodkern.ops import _autograd, _product
+from emulated import EmulatedOps
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +30,5 @@ def rooms(programs):
 def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
-    monkeypatch.setattr(_autograd, "_raw", rooms.raw)
-    monkeypatch.setattr(ops, Namespace.NAME, Namespace(rooms), raising=False)
-    monkeypatch.setitem(_product.NAMESPACES, "native", Namespace.NAME)
+    rooms.take_over(monkeypatch.setattr)
     return rooms

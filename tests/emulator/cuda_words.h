@@ -92,3 +92,34 @@ inline int __all_sync(uint32_t mask, int predicate, OODKERN_HERE) {
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
+
+namespace emulator {
+
+// mma.sync.m16n8k16 on lanes' fragments; what is where: csrc/cuda/mma.cuh, from the PTX ISA.
+inline void multiply_16x8x16(float (&c)[4], const Fragments& own, OODKERN_HERE) {
+  Thread& self = *current->running;
+  Fragments& given = self.fragments[self.products++ % 2];
+  given = own;
+  exchange("mma.sync", 0xffffffffu, &given, lane(), file, line);
+  const auto of = [&](int other) { return from_bits<const Fragments*>(self.taken[size_t(other)]); };
+  const int g = int(lane()) / 4, t = int(lane()) % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const int quad_lane = k % 8 / 2;
+      const float a = of(row % 8 * 4 + quad_lane)->a[k % 2 + row / 8 * 2 + k / 8 * 4];
+      const float b = of(column * 4 + quad_lane)->b[k % 2 + k / 8 * 2];
+      sum += a * b;
+    }
+    c[i] += sum;
+  }
+}
+
+// cp.async.wait_all
+inline void land_copies() {
+  for (const auto& land : current->running->copies) land();
+  current->running->copies.clear();
+}
+
+}  // namespace emulator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodkern.ops import _autograd, _product
+
+KEY_NAME = "PrivateUse1"
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)  # of tests/emulator/emulated_host.h
 
 
@@ -47,9 +49,22 @@ class EmulatedOps:
         words = torch.frombuffer((ctypes.c_uint8 * bytes_).from_address(address), dtype=tensor.dtype)
         return words.as_strided(tensor.shape, tensor.stride())
 
+    def take_over(self, replace: Callable[[Any, str, Any], object]) -> None:
+        """oodkern.ops calls these raw ops; `replace` is setattr, or one that can be undone."""
+        replace(_autograd, "_raw", self.raw)
+        replace(_product, "_call", self.call_of)
+
     def raw(self, name: str, *arguments: Any) -> Any:
+        return self.call(name, *(argument for argument in arguments if argument is not None))
+
+    def call_of(self, namespace: str, name: str, *arguments: Any) -> Any:
+        """In the place of oodkern.ops._product._call; ops that have no CUDA kernels are those of the namespace."""
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"oodkern::{name}", KEY_NAME):
+            return self.call(name, *arguments)
+        return getattr(getattr(torch.ops, namespace), name)(*arguments)
+
+    def call(self, name: str, *arguments: Any) -> Any:
         op = getattr(torch.ops.oodkern, name).default
-        arguments = tuple(argument for argument in arguments if argument is not None)
         self.library.set_up(self.order, self.seed, self.multiprocessors, self.shared_bytes, self.offset)
         try:
             placed = []
@@ -74,18 +89,6 @@ class EmulatedOps:
     def launched(self) -> set[str]:
         """Names of the kernels that ran since this was asked last."""
         return set(self.library.launched_kernels().decode().split())
-
-
-class Namespace:
-    """Stands for torch.ops.oodkern where raw ops are called by the name of their backend."""
-
-    NAME = "oodkern_in_the_emulator"
-
-    def __init__(self, rooms: EmulatedOps) -> None:
-        self._rooms = rooms
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return functools.partial(self._rooms.raw, name)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -53,6 +53,11 @@ struct Rendezvous {
   }
 };
 
+// A lane's numbers of a product A [16, 16] B [16, 8], in the order of csrc/cuda/mma.cuh.
+struct Fragments {
+  float a[8], b[4];
+};
+
 struct Thread {
   enum class State { kReady, kWaiting, kExited };
   Fiber fiber;
@@ -63,6 +68,10 @@ struct Thread {
   std::array<uint64_t, kWarp> taken{};  // of every lane, when it completed
   unsigned barriers = 0;                // __syncthreads passed
   std::array<unsigned, kWarp> known{};  // lane -> the last of its epochs that is ordered before this thread
+  // Of the last two products: a lane may be at the next one while others still read what it gave to this one.
+  std::array<Fragments, 2> fragments{};
+  unsigned products = 0;
+  std::vector<std::function<void()>> copies;  // asynchronous ones, which land when they are waited for
   unsigned lane() const { return index % kWarp; }
 
   Thread() : fiber(live) {}
@@ -71,6 +80,8 @@ struct Thread {
     barriers = 0;
     known.fill(0);
     known[lane()] = 1;
+    products = 0;
+    copies.clear();
   }
   static void live();  // one kernel after another
 };

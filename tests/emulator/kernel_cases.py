@@ -10,8 +10,9 @@ import club_cases
 import energy_cases
 import pairwise_hinge_cases
 import select_cases
+import stream_cases
 
-ROOMS = (energy_cases, club_cases, pairwise_hinge_cases, select_cases)
+ROOMS = (energy_cases, club_cases, pairwise_hinge_cases, select_cases, stream_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:

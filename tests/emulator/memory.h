@@ -24,6 +24,7 @@ struct Access {
 
 struct Word {
   bool written = false;
+  bool awaited = false;  // an asynchronous copy to it is under way
   Access writer;
   std::vector<Access> readers;    // since it was written
   std::vector<Access> atomics{};  // likewise: by atomic operations, which do not race with one another
@@ -44,6 +45,7 @@ class SharedArray {
 
   T load(int64_t i) const {
     Word& word = at(i);
+    if (word.awaited) current->fail(place(i) + " is read while an asynchronous copy to it is under way");
     if (!word.written) current->fail(place(i) + " is read before anything was written to it");
     if (!word.writer.is_ordered()) race(i, "is read", "wrote it", word.writer);
     check_ordered(word.atomics, i, "is read", "had an atomic operation on it");
@@ -53,17 +55,30 @@ class SharedArray {
 
   void store(int64_t i, T value) const {
     Word& word = at(i);
+    if (word.awaited) current->fail(place(i) + " is written while an asynchronous copy to it is under way");
     if (word.written && !word.writer.is_ordered()) race(i, "is written", "wrote it", word.writer);
     check_ordered(word.readers, i, "is written", "read it");
     check_ordered(word.atomics, i, "is written", "had an atomic operation on it");
-    word = {true, Access::now(), {}};
+    word = {true, false, Access::now(), {}};
     words_->values[size_t(i)] = value;
+  }
+
+  // Written from now on, for whoever may still read the word; there when the thread has waited for it. `words` outlive
+  // the block's threads.
+  void copy_async(int64_t i, const T* from) const {
+    store(i, T());
+    at(i).awaited = true;
+    current->running->copies.push_back([self = *this, i, from] {
+      self.at(i).awaited = false;
+      self.store(i, *from);
+    });
   }
 
   // An atomic operation, one that `changes` the value or a read beside such. Returns the value before.
   template <class Change>
   T atomically(int64_t i, bool changes, Change change) const {
     Word& word = at(i);
+    if (word.awaited) current->fail(place(i) + " has an atomic operation while an asynchronous copy is under way");
     if (!word.written) current->fail(place(i) + " is read before anything was written to it");
     if (!word.writer.is_ordered()) race(i, "has an atomic operation on it", "wrote it", word.writer);
     if (changes) check_ordered(word.readers, i, "has an atomic operation on it", "read it");

@@ -2,6 +2,7 @@
 #include "program.h"
 
 #include "cuda/atomics.cuh"
+#include "cuda/mma.cuh"
 
 using namespace oodkern::device;
 
@@ -116,6 +117,49 @@ __global__ void warp_words(float* out) {  // [kThreads]
   out[i] = float(wrong);
 }
 
+// A warp's product A B + C of matrices whose elements all differ: A [16, 16] = 0, 1, ..., B [16, 8] = 1, 2, ...,
+// C [16, 8] = 0, 1, ..., each plus 1,000 times the warp; every one is placed as the PTX ISA's tables say.
+template <class Stored>
+__global__ void product(float* out) {  // [warps, 16, 8]
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
+  const auto word = [](int low, int high) {
+    Stored numbers[2];
+    narrow(float(low), &numbers[0]);
+    narrow(float(high), &numbers[1]);
+    return uint32_t(numbers[0].bits) | uint32_t(numbers[1].bits) << 16;
+  };
+  const auto a = [&](int row, int k) { return word(16 * row + k, 16 * row + k + 1); };
+  const auto b = [&](int k, int column) { return word(1 + 8 * k + column, 1 + 8 * (k + 1) + column); };
+  float c[4];
+  for (int i = 0; i < 4; ++i) c[i] = float(1000 * warp + (g + i / 2 * 8) * 8 + 2 * t + i % 2);
+  mma_16x8x16(Stored(), c, a(g, 2 * t), a(g + 8, 2 * t), a(g, 2 * t + 8), a(g + 8, 2 * t + 8), b(2 * t, g),
+              b(2 * t + 8, g));
+  for (int i = 0; i < 4; ++i) out[warp * 128 + (g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
+}
+__global__ void product_of_some(float* out) {
+  float c[4] = {};
+  if (threadIdx.x % 32 < 20) mma_16x8x16(BFloat16(), c, 0, 0, 0, 0, 0, 0);
+  out[threadIdx.x] = c[0];
+}
+
+// Words that come by asynchronous copies, kVectors of them, read by a neighbour.
+constexpr int kVectors = kThreads / 4;
+enum class Copies { kAwaited, kNotAwaited, kWithoutBarrier, kOverReaders };
+template <Copies kCopies>
+__global__ void copied(float* out, const float* in) {  // [kThreads] both
+  OODKERN_DYNAMIC_SHARED(Words, words);
+  const int i = int(threadIdx.x);
+  const auto copy = [&] {
+    if (i < kVectors) copy_async(words, i, reinterpret_cast<const Words*>(in) + i);
+  };
+  copy();
+  if constexpr (kCopies != Copies::kNotAwaited) wait_for_copies();
+  if constexpr (kCopies != Copies::kWithoutBarrier) __syncthreads();
+  const Words neighbour = load_words(words, (i / 4 + 7) % kVectors);
+  std::memcpy(out + i, &neighbour.at[i % 4], sizeof(float));
+  if constexpr (kCopies == Copies::kOverReaders) copy();
+}
+
 // Atomic operations on shared and on device memory: how many threads there are, and the last one's number. What is
 // left out or put in makes the faults.
 enum class Atomics { kCorrect, kBeforeTheStore, kReadAtOnce, kStoredAtOnce, kChangedAfterARead, kUnwritten };
@@ -156,7 +200,7 @@ void go(Kernel kernel, float* out) {
 }
 template <class Kernel>
 void go(Kernel kernel, float* out, const float* in) {
-  emulator::launch("planted", kernel, 1, kThreads, 0, out, in);
+  emulator::launch("planted", kernel, 1, kThreads, kThreads * sizeof(float), out, in);
 }
 
 const Case kCases[] = {
@@ -168,6 +212,9 @@ const Case kCases[] = {
     {"warp words", [](float* out, const float*) { go(warp_words, out); }},
     {"atomics", [](float* out, const float*) { go(atomics<Atomics::kCorrect>, out); }},
     {"first comes", [](float* out, const float*) { go(first_comes, out); }},
+    {"product of bfloat16", [](float* out, const float*) { go(product<BFloat16>, out); }},
+    {"product of float16", [](float* out, const float*) { go(product<Float16>, out); }},
+    {"copied", [](float* out, const float* in) { go(copied<Copies::kAwaited>, out, in); }},
     {"missing barrier", [](float* out, const float*) { go(neighbours<false>, out); }},
     {"shuffle as a barrier", [](float* out, const float*) { go(lanes<Between::kShuffle>, out); }},
     {"barrier of half a warp", [](float* out, const float*) { go(lanes<Between::kHalfSyncwarp>, out); }},
@@ -188,6 +235,10 @@ const Case kCases[] = {
     {"shuffle of some", [](float* out, const float*) { go(shuffle_of_some, out); }},
     {"shuffle from outside the mask", [](float* out, const float*) { go(shuffle_from_outside_the_mask, out); }},
     {"shuffle without oneself", [](float* out, const float*) { go(shuffle_without_oneself, out); }},
+    {"product of some", [](float* out, const float*) { go(product_of_some, out); }},
+    {"copies not awaited", [](float* out, const float* in) { go(copied<Copies::kNotAwaited>, out, in); }},
+    {"copies without a barrier", [](float* out, const float* in) { go(copied<Copies::kWithoutBarrier>, out, in); }},
+    {"copies over readers", [](float* out, const float* in) { go(copied<Copies::kOverReaders>, out, in); }},
     {"misaligned vectors", [](float* out, const float* in) { go(vectors<1>, out, in); }},
 };
 

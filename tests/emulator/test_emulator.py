@@ -16,6 +16,7 @@ CORRECT = {
     "shifted by 0": lambda i: i * 0 + 1,
     "load shifted by 0": lambda i: i,
     "warp words": lambda i: i * 0,
+    "copied": lambda i: (i + 28) % THREADS,
     "atomics": lambda i: i * 0 + THREADS,
 }
 OUTSIDE = {"store behind the end": "1536 bytes", "store before the beginning": "-4 bytes"}
@@ -38,6 +39,10 @@ FAULTS = {
     "shuffle of some": r"diverge: 36 \(first 20\) have exited; 60 \(first 0\) wait at __shfl_xor_sync of",
     "shuffle from outside the mask": "__shfl_sync reads lane 20, which the mask leaves out",
     "shuffle without oneself": r"the mask leaves out lane \d+, which takes part",
+    "product of some": r"diverge: 36 \(first 20\) have exited; 60 \(first 0\) wait at mma.sync of",
+    "copies not awaited": "is read while an asynchronous copy to it is under way",
+    "copies without a barrier": r"race: shared word \d+ is|read before anything was written|while an asynchronous copy",
+    "copies over readers": r"race: shared word \d+ is written and thread \d+ read it|while an asynchronous copy",
     "misaligned vectors": "a load of 16 bytes at an address that is no multiple of 16",
 }
 
@@ -69,6 +74,15 @@ class TestEmulator:
         assert said == ""
         np.testing.assert_array_equal(out, np.arange(4 * THREADS))
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_product(self, planted, order, dtype):
+        """Every element of A and of B differs from every other, and the sums are exact."""
+        said, out = planted(f"product of {dtype}", order)
+        assert said == ""
+        product = np.arange(256.0).reshape(16, 16) @ np.arange(1.0, 129.0).reshape(16, 8)
+        for warp, c in enumerate(out.reshape(3, 16, 8)):
+            np.testing.assert_array_equal(c, product + np.arange(128).reshape(16, 8) + 1000 * warp)
+
     @pytest.mark.parametrize("name", FAULTS)
     def test_faults_are_caught(self, planted, name, order):
         said, _ = planted(name, order)
@@ -92,7 +106,7 @@ def test_results_that_depend_on_the_order_differ(planted):
 
 @pytest.mark.slow
 def test_sanitizers_pass_correct_kernels(programs):
-    done = sanitized(compile_one("planted", programs, *SANITIZERS), *CORRECT, "vectors")
+    done = sanitized(compile_one("planted", programs, *SANITIZERS), *CORRECT, "vectors", "product of bfloat16")
     assert done.returncode == 0, done.stderr
 
 
