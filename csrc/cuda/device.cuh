@@ -132,6 +132,14 @@ void store_vector(Stored* address, const Vector<Stored>& vector) {
 }
 #endif
 
+template <class To, class From>
+OODKERN_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
 // The engine's side of reduce.h. A row's parts are few and of like size (a thread's, a warp's, a block's), so float32
 // adds them up without losing digits, unlike the CPU's one sum after another.
 struct Float {
@@ -143,6 +151,14 @@ struct Float {
   static OODKERN_HOST_DEVICE Real exp2(Real x) { return exp2f(x); }
   static OODKERN_HOST_DEVICE Real log(Real x) { return logf(x); }
   static OODKERN_HOST_DEVICE Real log1p_unit(Real x) { return log1pf(x); }
+  static OODKERN_HOST_DEVICE Real root(Real x) { return sqrtf(x); }
+  // The power of 2 at or below x >= 0, kept within [2^-126, 2^126], and its inverse.
+  static OODKERN_HOST_DEVICE Real power(Real x) { return bit_cast<Real>(exponent(x)); }
+  static OODKERN_HOST_DEVICE Real inverse_power(Real x) { return bit_cast<Real>((254u << 23) - exponent(x)); }
+  static OODKERN_HOST_DEVICE uint32_t exponent(Real x) {
+    const uint32_t bits = bit_cast<uint32_t>(x) & 0x7f800000u;
+    return bits<(1u << 23) ? 1u << 23 : bits>(253u << 23) ? 253u << 23 : bits;
+  }
 };
 struct Double {
   using Real = double;
@@ -153,6 +169,13 @@ struct Double {
   static OODKERN_HOST_DEVICE Real exp2(Real x) { return ::exp2(x); }
   static OODKERN_HOST_DEVICE Real log(Real x) { return ::log(x); }
   static OODKERN_HOST_DEVICE Real log1p_unit(Real x) { return log1p(x); }
+  static OODKERN_HOST_DEVICE Real root(Real x) { return sqrt(x); }
+  static OODKERN_HOST_DEVICE Real power(Real x) { return bit_cast<Real>(exponent(x)); }
+  static OODKERN_HOST_DEVICE Real inverse_power(Real x) { return bit_cast<Real>((2046ull << 52) - exponent(x)); }
+  static OODKERN_HOST_DEVICE uint64_t exponent(Real x) {
+    const uint64_t bits = bit_cast<uint64_t>(x) & 0x7ff0000000000000ull;
+    return bits<(1ull << 52) ? 1ull << 52 : bits>(2045ull << 52) ? 2045ull << 52 : bits;
+  }
 };
 
 }  // namespace oodkern::device
