@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu/rows.h"
+#if defined(OODKERN_EMULATED)
+#include "arena.h"
+#endif
 
 namespace oodkern {
 
@@ -23,7 +26,11 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 }
 
 inline Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+#if defined(OODKERN_EMULATED)
+  return emulator::empty(like, sizes, dtype);  // between guards
+#else
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+#endif
 }
 
 // A gradient's memory, or a tensor without elements where it was not asked for.

@@ -1,6 +1,5 @@
 // Room `energy` on a GPU: E = -T logsumexp(z / T) and J = sum softplus(z) of given logits.
 #include "../energy.h"
-#include "host.h"
 #include "row_launch.h"
 
 namespace oodkern {
@@ -11,14 +10,11 @@ struct CudaRows {
     const CudaStream stream(logits);
     const int64_t splits = device::row_splits(call, rows, stream.multiprocessors());
     const Tensor partials = empty_of(logits, {splits > 1 ? rows * splits * 2 : 0}, score_dtype(logits));
-    const auto launch = [&](const char*, auto kernel, int64_t blocks, auto... arguments) {
-      stream.launch(kernel, blocks, device::kThreads, arguments...);
-    };
     void* states = partials.mutable_data_ptr();
     if (call.reduction == Reduction::kLogSumExp) {
-      device::run_rows<LogSumExp>(call, rows, splits, states, launch);
+      device::run_rows<LogSumExp>(stream, call, rows, splits, states);
     } else {
-      device::run_rows<SoftplusSum>(call, rows, splits, states, launch);
+      device::run_rows<SoftplusSum>(stream, call, rows, splits, states);
     }
   }
   static void prepare(void*, int64_t) {}
@@ -27,6 +23,6 @@ struct CudaRows {
 }  // namespace
 }  // namespace oodkern
 
-STABLE_TORCH_LIBRARY_IMPL(oodkern, CUDA, m) {
+OODKERN_CUDA_OPS(m) {
   OODKERN_ENERGY_OPS(m, oodkern::CudaRows);
 }

@@ -1,8 +1,7 @@
-// Which kernels of row.cuh a call takes, and on how many blocks: the same for a GPU and for the emulator. `launch` is
-//   launch(name, kernel, blocks, arguments...)
-// and runs a kernel of row.cuh on blocks of kThreads threads.
+// Which kernels of row.cuh a call takes, and on how many blocks.
 #pragma once
 
+#include "host.h"
 #include "row.cuh"
 
 namespace oodkern::device {
@@ -44,63 +43,62 @@ inline int64_t row_splits(const RowCall& call, int64_t rows, int64_t multiproces
   return wanted < most ? wanted : most;
 }
 
-template <class Reducer, class Stored, Pass kPass, class Launch>
-void run_pass(const RowCall& call, const Reducer& reducer, int64_t rows, int64_t splits, void* partials,
-              Launch&& launch) {
+template <class Reducer, class Stored, Pass kPass>
+void run_pass(const CudaStream& stream, const RowCall& call, const Reducer& reducer, int64_t rows, int64_t splits,
+              void* partials) {
+  const auto launch = [&](const char* name, auto kernel, int64_t blocks, auto... arguments) {
+    stream.launch(name, kernel, blocks, kThreads, 0, call, reducer, rows, arguments...);
+  };
   constexpr int kWidth = Vector<Stored>::kWidth;
   constexpr int kEach = sizeof(Stored) == 8 ? 4 : 8;  // elements of a short row in a lane
   const int64_t columns = columns_from_boundary(call, rows);
   if (columns <= 8 * kEach) {
-    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 8, kEach / kWidth>, blocks_for(rows, 4 * kWarps), call,
-           reducer, rows);
+    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 8, kEach / kWidth>, blocks_for(rows, 4 * kWarps));
   } else if (columns <= 32 * kEach) {
-    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 32, kEach / kWidth>, blocks_for(rows, kWarps), call, reducer,
-           rows);
+    launch("warp_rows", warp_rows<Reducer, Stored, kPass, 32, kEach / kWidth>, blocks_for(rows, kWarps));
   } else if (columns <= columns_of_warp(call.storage)) {
     if constexpr (sizeof(Stored) < 8) {
-      launch("warp_rows", warp_rows<Reducer, Stored, kPass, 32, 32 / kWidth>, blocks_for(rows, kWarps), call, reducer,
-             rows);
+      launch("warp_rows", warp_rows<Reducer, Stored, kPass, 32, 32 / kWidth>, blocks_for(rows, kWarps));
     }
   } else {
     if constexpr (kPass != Pass::kBackward) {
       const auto states = static_cast<typename Reducer::State*>(partials);
-      launch("reduce_rows", reduce_rows<Reducer, Stored, kPass>, blocks_for(rows * splits, 1), call, reducer, rows,
-             splits, states);
+      launch("reduce_rows", reduce_rows<Reducer, Stored, kPass>, blocks_for(rows * splits, 1), splits, states);
       if (splits > 1) {
-        launch("finish_rows", finish_rows<Reducer, kPass>, blocks_for(rows, kWarps), call, reducer, rows, splits,
+        launch("finish_rows", finish_rows<Reducer, kPass>, blocks_for(rows, kWarps), splits,
                static_cast<const typename Reducer::State*>(states));
       }
     }
     if constexpr (kPass != Pass::kForward) {
       const int64_t part = kThreads * kUnroll * kWidth;
       const int64_t parts = (columns + part - 1) / part;
-      launch("map_rows", map_rows<Reducer, Stored, kPass>, blocks_for(rows * parts, 1), call, reducer, rows, parts);
+      launch("map_rows", map_rows<Reducer, Stored, kPass>, blocks_for(rows * parts, 1), parts);
     }
   }
 }
 
-template <template <class> class Reducer, class Math, class Stored, class Launch>
-void run_storage(const RowCall& call, int64_t rows, int64_t splits, void* partials, Launch&& launch) {
+template <template <class> class Reducer, class Math, class Stored>
+void run_storage(const CudaStream& stream, const RowCall& call, int64_t rows, int64_t splits, void* partials) {
   const Reducer<Math> reducer{call.temperature};
   switch (call.pass) {
     case Pass::kForward:
-      return run_pass<Reducer<Math>, Stored, Pass::kForward>(call, reducer, rows, splits, partials, launch);
+      return run_pass<Reducer<Math>, Stored, Pass::kForward>(stream, call, reducer, rows, splits, partials);
     case Pass::kBackward:
-      return run_pass<Reducer<Math>, Stored, Pass::kBackward>(call, reducer, rows, splits, partials, launch);
+      return run_pass<Reducer<Math>, Stored, Pass::kBackward>(stream, call, reducer, rows, splits, partials);
     case Pass::kDoubleBackward:
-      return run_pass<Reducer<Math>, Stored, Pass::kDoubleBackward>(call, reducer, rows, splits, partials, launch);
+      return run_pass<Reducer<Math>, Stored, Pass::kDoubleBackward>(stream, call, reducer, rows, splits, partials);
   }
 }
 
 // `splits` is row_splits' answer, `partials` memory for as many states a row, or null for 1.
-template <template <class> class Reducer, class Launch>
-void run_rows(const RowCall& call, int64_t rows, int64_t splits, void* partials, Launch&& launch) {
+template <template <class> class Reducer>
+void run_rows(const CudaStream& stream, const RowCall& call, int64_t rows, int64_t splits, void* partials) {
   if (rows == 0) return;
   switch (call.storage) {
-    case Storage::kFloat64: return run_storage<Reducer, Double, double>(call, rows, splits, partials, launch);
-    case Storage::kFloat32: return run_storage<Reducer, Float, float>(call, rows, splits, partials, launch);
-    case Storage::kBFloat16: return run_storage<Reducer, Float, BFloat16>(call, rows, splits, partials, launch);
-    case Storage::kFloat16: return run_storage<Reducer, Float, Float16>(call, rows, splits, partials, launch);
+    case Storage::kFloat64: return run_storage<Reducer, Double, double>(stream, call, rows, splits, partials);
+    case Storage::kFloat32: return run_storage<Reducer, Float, float>(stream, call, rows, splits, partials);
+    case Storage::kBFloat16: return run_storage<Reducer, Float, BFloat16>(stream, call, rows, splits, partials);
+    case Storage::kFloat16: return run_storage<Reducer, Float, Float16>(stream, call, rows, splits, partials);
   }
 }
 

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from energy_cases import CudaBar, energy_op, joint_energy_op, launch_every_kernel
+from energy_cases import CudaBar, energy_op, joint_energy_op
+from gpu import randn, through_gpu
 from oracle import like
 
 import oodkern
-from oodkern import _native, reference
+from oodkern import reference
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def native():
-    if _native.missing["cuda"]:
-        pytest.skip(f"no CUDA kernels: {_native.missing['cuda']}")
-    with oodkern.backend("native"):
-        yield
-
-
-def through_gpu(function):
-    """Of a tensor on the CPU, to the CPU; strides travel along where they are dense."""
-    return lambda z: function(z.to("cuda")).cpu()
 
 
 class TestGpuEnergy(CudaBar):
@@ -39,23 +27,6 @@ class TestGpuJointEnergy(CudaBar):
 
 
 FUNCTIONS = [(oodkern.energy, reference.energy), (oodkern.joint_energy, reference.joint_energy)]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(shape, generator=generator, device="cuda").mul(3).to(dtype)
-
-
-def test_every_kernel_runs():
-    """By the names that the profiler saw."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        launch_every_kernel(through_gpu)
-        torch.cuda.synchronize()
-    names = " ".join(event.key for event in recorded.key_averages())
-    for kernel in ("warp_rows", "reduce_rows", "finish_rows", "map_rows"):
-        assert f"oodkern::device::{kernel}<" in names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

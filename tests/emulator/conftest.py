@@ -4,6 +4,10 @@ import platform
 import shutil
 
 import pytest
+from emulate import LIBRARY, compile_rooms
+from emulated import EmulatedOps
+
+from oodkern.ops import _autograd
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +16,16 @@ def programs(tmp_path_factory):
     if platform.system() != "Linux" or not shutil.which("g++"):
         pytest.skip("the emulator of CUDA kernels needs Linux and g++")
     return tmp_path_factory.mktemp("emulator")
+
+
+@pytest.fixture(scope="session")
+def rooms(programs):
+    return EmulatedOps(compile_rooms(programs, *LIBRARY))
+
+
+@pytest.fixture
+def emulated(rooms, monkeypatch):
+    """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
+    rooms.set()
+    monkeypatch.setattr(_autograd, "_raw", rooms.raw)
+    return rooms

@@ -1,45 +1,81 @@
-"""Compiles the emulator's programs: as libraries for ctypes, or as programs under the sanitizers."""
+"""Compiles kernels for the emulator: its own programs, and csrc/cuda/*.cu as one library of raw ops."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from toolchain import find_compiler  # noqa: E402
+from native_build import STABLE_ABI  # noqa: E402
+from toolchain import find_compiler, find_torch  # noqa: E402
 
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+LIBRARY = ["-O1", "-shared", "-fPIC"]
 SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], env=os.environ | environment, capture_output=True, text=True)
+
+
+def made_by(*command: object) -> None:
+    done = run(*find_compiler()[0], *command)
+    assert done.returncode == 0, done.stderr[:20_000]
 
 
 def compile_one(name: str, folder: Path, *flags: str) -> Path:
     """`name`.cpp with `flags`, made once in `folder`."""
     made = folder / "-".join([name, *(flag.strip("-=") for flag in flags)]).replace("/", "_")
     if not made.exists():
-        command = [*find_compiler()[0], *FLAGS, *flags, str(HERE / f"{name}.cpp"), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        made_by(*FLAGS, *flags, HERE / f"{name}.cpp", "-o", made)
     return made
 
 
-def library(name: str, folder: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(compile_one(name, folder, "-O1", "-shared", "-fPIC")))
-    loaded.launched_kernels.restype = ctypes.c_char_p
-    return loaded
+def compile_rooms(folder: Path, *flags: str) -> Path:
+    """The kernels and the host code of every room in csrc/cuda, made once in `folder`."""
+    made = folder / "-".join(["rooms", *(flag.strip("-=") for flag in flags)])
+    if made.exists():
+        return made
+    torch = find_torch().path
+    flags = (
+        *flags,
+        "-fPIC",
+        "-fvisibility=hidden",
+        *FLAGS,
+        "-DOODKERN_EMULATED",
+        f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    )
+
+    def compile_source(source: Path) -> Path:
+        out = folder / f"{made.name}-{source.stem}.o"
+        made_by(*flags, "-DTORCH_STABLE_ONLY", "-isystem", torch / "include", "-c", "-x", "c++", source, "-o", out)
+        return out
+
+    sources = [HERE / "emulated.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, sources))
+    made_by(
+        *flags, "-shared", *objects, "-o", made, f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"
+    )
+    return made
 
 
-def sanitized(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The program under AddressSanitizer and UndefinedBehaviorSanitizer.
 
     Leaks are not looked for: threads that are left at an error hold memory.
     """
-    program = compile_one(name, folder, *SANITIZERS)
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([str(program), *arguments], env=environment, capture_output=True, text=True)
+    return run(program, *arguments, ASAN_OPTIONS="detect_leaks=0")
+
+
+def sanitized_python(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same for what a library does that Python loads: AddressSanitizer has to be in the process first."""
+    sanitizer = run(*find_compiler()[0], "-print-file-name=libasan.so").stdout.strip()
+    return run(sys.executable, script, *arguments, ASAN_OPTIONS="detect_leaks=0", LD_PRELOAD=sanitizer)

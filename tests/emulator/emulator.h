@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the CPU: g++ compiles the same headers that nvcc does, with cuda_words.h in the place of the
-// CUDA runtime. Every thread of a block is a fiber; barriers and warp operations are rendezvous of fibers, and a rendezvous
-// that cannot complete is an error that says who waits where. Threads run in an order that the caller chooses, so that
-// what depends on it shows; shared memory (memory.h) reports races whatever the order. Nothing here is thread-safe.
+// CUDA runtime. Every thread of a block is a fiber; barriers and warp operations are rendezvous of fibers, and a
+// rendezvous that cannot complete is an error that says who waits where. Threads run in an order that the caller
+// chooses, so that what depends on it shows; shared memory (memory.h) reports races whatever the order. Nothing here is
+// thread-safe.
 #pragma once
 
 #include <algorithm>

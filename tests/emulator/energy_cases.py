@@ -56,7 +56,7 @@ def joint_energy_op(through: Callable = lambda function: function) -> Op:
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
-    """The cases that every `__global__` of csrc/cuda has to be launched by."""
+    """Of the row engine, by both reducers."""
     for op in (energy_op(0.5, through), joint_energy_op(through)):
         for shape in ((3, 5), (2, 1000), (2, 200_000)):
             value_and_gradients(op.function, [torch.zeros(shape)], order=2)

@@ -23,7 +23,7 @@ const char* guarded(Run run) {
 }  // namespace emulator
 
 // Names of the kernels that were launched since the last call, between spaces.
-extern "C" __attribute__((used)) inline const char* launched_kernels() {
+extern "C" __attribute__((used, visibility("default"))) inline const char* launched_kernels() {
   static std::string names;
   names.clear();
   for (const std::string& name : emulator::launched) names += (names.empty() ? "" : " ") + name;

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from emulate import ORDERS, library, sanitized
+from emulate import LIBRARY, ORDERS, SANITIZERS, compile_one, sanitized
 
 THREADS = 96
 CORRECT = {
@@ -37,7 +37,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def planted(programs):
-    loaded = library("planted", programs)
+    loaded = ctypes.CDLL(str(compile_one("planted", programs, *LIBRARY)))
     loaded.run_planted.restype = ctypes.c_char_p
 
     def run(name: str, order: str) -> tuple[str, np.ndarray]:
@@ -85,14 +85,14 @@ def test_results_that_depend_on_the_order_differ(planted):
 
 @pytest.mark.slow
 def test_sanitizers_pass_correct_kernels(programs):
-    done = sanitized("planted", programs, *CORRECT, "vectors")
+    done = sanitized(compile_one("planted", programs, *SANITIZERS), *CORRECT, "vectors")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["store behind the end", "store before the beginning", "load behind the end"])
 def test_sanitizers_catch_what_is_out_of_bounds(programs, name):
-    done = sanitized("planted", programs, name)
+    done = sanitized(compile_one("planted", programs, *SANITIZERS), name)
     assert done.returncode not in (0, 3)
     assert "AddressSanitizer: use-after-poison" in done.stderr
     assert "planted.cpp" in done.stderr

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from emulate import ORDERS, library, sanitized
-from energy_cases import CudaBar, energy_op, joint_energy_op, launch_every_kernel
+from emulate import ORDERS
+from energy_cases import CudaBar, energy_op, joint_energy_op
 from layouts import FLOATS
 from oracle import like, value_and_gradients
-from rows import EmulatedOps
 
 import oodkern
-from oodkern.ops import _autograd
 
-
-@pytest.fixture(scope="session")
-def emulated(programs):
-    return EmulatedOps(library("rows", programs))
-
-
-@pytest.fixture(autouse=True)
-def in_the_emulator(emulated, monkeypatch):
-    emulated.order, emulated.seed, emulated.multiprocessors, emulated.grad_offset = 0, 0, 4, 0
-    monkeypatch.setattr(_autograd, "_raw", emulated.raw)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 class EmulatedBar(CudaBar):
@@ -38,14 +25,14 @@ class EmulatedBar(CudaBar):
                 emulated.seed += 1
                 for a, b in zip(value_and_gradients(self.op.function, inputs, 2), expected, strict=True):
                     assert torch.equal(a, b)
-            emulated.order = 0
+            emulated.set()
 
     def test_every_alignment(self, emulated, dtype):
         """Of rows and of their gradients, from one multiple of 16 bytes to the next."""
         for K in (13, 250, 1100):
             (base,) = self.op.inputs(((3, K + 24),), dtype)
             for offset in range(0, 16 // base.element_size()):
-                emulated.grad_offset = offset * 3 % 8
+                emulated.offset = offset * 3 % 8 * base.element_size()
                 self.compare([base[:, offset : offset + K]], order=2)
 
     def test_blocks_that_share_a_row(self, emulated, dtype):
@@ -72,21 +59,6 @@ class TestEmulatedJointEnergy(EmulatedBar):
     op = joint_energy_op()
 
 
-def kernels(root) -> set[str]:
-    """Names of all kernels in csrc/cuda."""
-    text = "".join(file.read_text() for file in sorted((root / "csrc" / "cuda").glob("*.cu*")))
-    names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text)
-    assert len(names) == text.count("__global__"), "a kernel that is written in another way"
-    return set(names)
-
-
-def test_every_kernel_has_a_case(root, emulated):
-    """One in the emulator, and one in tests/cuda, which launches the same on a GPU."""
-    emulated.launched()
-    launch_every_kernel()
-    assert emulated.launched() == kernels(root)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("K", [3, 1500, 20000])
 class TestInfinities:
@@ -109,10 +81,3 @@ class TestInfinities:
         assert energy[1] == -torch.inf
         assert joint_energy[1] == torch.inf
         assert energy.isnan().tolist() == joint_energy.isnan().tolist() == [False, False, True]
-
-
-@pytest.mark.slow
-def test_sanitizers_pass_every_kernel(programs):
-    done = sanitized("rows", programs)
-    assert done.returncode == 0, done.stderr
-    assert "warp_rows" in done.stdout
