@@ -14,7 +14,7 @@ BACKENDS = ("native", "triton", "reference")
 # Room -> kind of device -> its kernels, best first. `reference` serves every room and device.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "energy": {"cpu": ("native",), "cuda": ("native",)},
-    "norm": {"cpu": ("native",), "cuda": ()},
+    "norm": {"cpu": ("native",), "cuda": ("native",)},
     "linear_energy": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
@@ -22,7 +22,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "club": {"cpu": ("native",), "cuda": ()},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
     "extremes": {"cpu": ("native",), "cuda": ()},
-    "distill": {"cpu": ("native",), "cuda": ()},
+    "distill": {"cpu": ("native",), "cuda": ("native",)},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }
 

@@ -102,4 +102,13 @@ void run_rows(const CudaStream& stream, const RowCall& call, int64_t rows, int64
   }
 }
 
+// A room's call on the current stream.
+template <template <class> class Reducer>
+void reduce(const RowCall& call, int64_t rows, const Tensor& logits) {
+  const CudaStream stream(logits);
+  const int64_t splits = row_splits(call, rows, stream.multiprocessors());
+  const Tensor partials = empty_of(logits, {splits > 1 ? rows * splits * 2 : 0}, score_dtype(logits));
+  run_rows<Reducer>(stream, call, rows, splits, partials.mutable_data_ptr());
+}
+
 }  // namespace oodkern::device

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 
 import pytest
 from emulate import LIBRARY, compile_rooms
 from emulated import EmulatedOps
-
-from oodkern.ops import _autograd
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +26,5 @@ def rooms(programs):
 def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
-    monkeypatch.setattr(_autograd, "_raw", rooms.raw)
+    rooms.take_over(functools.partial(monkeypatch.setattr, raising=False))
     return rooms

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import distill_cases
 import energy_cases
+import norm_cases
 
-ROOMS = (energy_cases,)
+ROOMS = (energy_cases, norm_cases, distill_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
