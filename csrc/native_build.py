@@ -142,7 +142,9 @@ def ninja_file(compiler: list[str], cuda: Cuda, python_module: str, made_with: s
         lines += [
             f"nvcc = {shlex.quote(cuda.nvcc)}",
             f"cuda_flags = {shlex.join(flags)}",
-            "rule compile_cuda\n  command = $nvcc -MMD -MF $out.d $cuda_flags $extra -c $in -o $out\n"
+            # What ptxas says of each kernel (registers, stack, spills) is kept beside the object; tests read it.
+            "rule compile_cuda\n  command = $nvcc -MMD -MF $out.d $cuda_flags -Xptxas -v $extra -c $in -o $out "
+            "2> $out.log || { cat $out.log; exit 1; }; grep -A 3 warning $out.log || true\n"
             "  depfile = $out.d\n  deps = gcc",
             "rule link_cuda\n  command = $nvcc -shared -cudart static $in -o $out -Ldeps/torch/lib "
             "-Xlinker --no-as-needed -ltorch -ltorch_cpu",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODES = ("auto", "cpu", "cuda", "none")
-DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"  # later GPUs compile the PTX when they first load it
 
 
 class BuildError(Exception):

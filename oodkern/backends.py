@@ -26,6 +26,8 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }
 
+OLDEST_GPU = 80  # what csrc/cuda is compiled for begins here
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The backend that `backend()` demands, process-wide: a plain global, which torch.compile guards on.
@@ -52,7 +54,8 @@ def choose_backend(
     device = "cuda" if arch.startswith("sm_") else arch
     if dtype in DTYPES:
         for name in KERNELS[room].get(device, ()):
-            if name in available and not (name == "triton" and dtype == torch.float64):
+            too_old = name == "native" and device == "cuda" and int(arch.removeprefix("sm_")) < OLDEST_GPU
+            if name in available and not too_old and not (name == "triton" and dtype == torch.float64):
                 return name
     return "reference"
 

@@ -14,6 +14,7 @@ def test_choice_is_a_function_of_its_arguments():
         assert choose_backend("energy", 100, 0, 10, dtype, "cpu", available=("reference",)) == "reference"
         assert choose_backend("energy", 100, 0, 10, dtype, "sm_90") == "native"
         assert choose_backend("energy", 100, 0, 10, dtype, "sm_90", available=("triton", "reference")) == "reference"
+        assert choose_backend("energy", 100, 0, 10, dtype, "sm_75") == "reference"  # older than what is compiled
         assert choose_backend("energy", 100, 0, 10, dtype, "mps") == "reference"
     assert choose_backend("energy", 100, 0, 10, torch.int64, "cpu") == "reference"
     assert next(iter(inspect.signature(choose_backend).parameters)) == "room"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import shutil
 
@@ -14,7 +15,11 @@ def programs(tmp_path_factory):
     """The folder in which the emulator's programs are compiled, each once."""
     if platform.system() != "Linux" or not shutil.which("g++"):
         pytest.skip("the emulator of CUDA kernels needs Linux and g++")
-    return tmp_path_factory.mktemp("emulator")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # one for all workers
+    (folder / "emulator").mkdir(exist_ok=True)
+    return folder / "emulator"
 
 
 @pytest.fixture(scope="session")

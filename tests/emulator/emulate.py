@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,19 +33,26 @@ def made_by(*command: object) -> None:
     assert done.returncode == 0, done.stderr[:20_000]
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Among the processes that compile into `folder`."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compile_one(name: str, folder: Path, *flags: str) -> Path:
     """`name`.cpp with `flags`, made once in `folder`."""
     made = folder / "-".join([name, *(flag.strip("-=") for flag in flags)]).replace("/", "_")
-    if not made.exists():
-        made_by(*FLAGS, *flags, HERE / f"{name}.cpp", "-o", made)
+    with alone(folder):
+        if not made.exists():
+            made_by(*FLAGS, *flags, HERE / f"{name}.cpp", "-o", made)
     return made
 
 
 def compile_rooms(folder: Path, *flags: str) -> Path:
     """The kernels and the host code of every room in csrc/cuda, made once in `folder`."""
     made = folder / "-".join(["rooms", *(flag.strip("-=") for flag in flags)])
-    if made.exists():
-        return made
     torch = find_torch().path
     flags = (
         *flags,
