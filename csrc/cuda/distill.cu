@@ -29,29 +29,27 @@ void run(const CudaStream& stream, const DistillCall& call, int64_t rows) {
   const int64_t columns = View::kOfStudent >= View::kOfTeacher
                               ? columns_seen<Student>(call.student, call.student_stride, call.columns, rows)
                               : columns_seen<Teacher>(call.teacher, call.teacher_stride, call.columns, rows);
-  const auto launch = [&](const char* name, auto kernel, int64_t items, int lanes, auto... arguments) {
-    stream.launch(name, kernel, blocks_for(items, kThreads / lanes), kThreads, 0, call, rows, arguments...);
+  const Divergence<Math> divergence{call.temperature};
+  const auto forward = [&](auto kernel, int lanes) {
+    stream.launch("distillation_rows", kernel, blocks_for(rows, kThreads / lanes), kThreads, 0, call,
+                  LogSumExp<Math>{call.temperature}, divergence, rows);
+  };
+  const auto backward = [&](auto kernel, int lanes, int64_t parts) {
+    stream.launch("distillation_gradient", kernel, blocks_for(rows * parts, kThreads / lanes), kThreads, 0, call,
+                  divergence, rows, parts);
   };
   if constexpr (kAlike && kShort > 0) {
     constexpr int kChunks = kShort / 8 / kChunk;
-    if (columns <= kShort && call.value) {
-      return launch("distillation_rows", distillation_rows<Math, Student, Teacher, 8, kChunks>, rows, 8);
-    }
-    if (columns <= kShort) {
-      return launch("distillation_gradient", distillation_gradient<Math, Student, Teacher, 8, kChunks>, rows, 8,
-                    int64_t(1));
-    }
+    if (columns <= kShort && call.value) return forward(distillation_rows<Math, Student, Teacher, 8, kChunks>, 8);
+    if (columns <= kShort) return backward(distillation_gradient<Math, Student, Teacher, 8, kChunks>, 8, 1);
   }
   if (!call.value) {
     constexpr int kPart = 32 * kFew;
     const int64_t parts = columns > kPart ? (columns + kPart - 1) / kPart : 1;
-    return launch("distillation_gradient", distillation_gradient<Math, Student, Teacher, 32, kFew / kChunk>,
-                  rows * parts, 32, parts);
+    return backward(distillation_gradient<Math, Student, Teacher, 32, kFew / kChunk>, 32, parts);
   }
-  if (columns <= 32 * kMost) {
-    return launch("distillation_rows", distillation_rows<Math, Student, Teacher, 32, kMost / kChunk>, rows, 32);
-  }
-  launch("distillation_rows", distillation_rows<Math, Student, Teacher, kThreads, kMost / kChunk>, rows, kThreads);
+  if (columns <= 32 * kMost) return forward(distillation_rows<Math, Student, Teacher, 32, kMost / kChunk>, 32);
+  forward(distillation_rows<Math, Student, Teacher, kThreads, kMost / kChunk>, kThreads);
 }
 
 template <class Student>

@@ -19,8 +19,11 @@ struct PairView {
   const Teacher* t;
   int past;  // elements between a multiple of 16 bytes and the narrower type's row: chunks are counted from there
   bool s_alike, t_alike;  // whether chunks begin at multiples of 16 bytes
+  int64_t first;          // element of the row, which s and t point to
+  int begin, columns;     // from there: chunks are at begin, begin + kChunk, ... of so many elements
 
-  static __device__ __forceinline__ PairView of(const DistillCall& call, int64_t row) {
+  // Part `part` of a row that is cut, as chunks are, into parts of `size` elements.
+  static __device__ __forceinline__ PairView of(const DistillCall& call, int64_t row, int64_t part, int size) {
     PairView view{};
     view.s = static_cast<const Student*>(call.student) + row * call.student_stride;
     view.t = static_cast<const Teacher*>(call.teacher) + row * call.teacher_stride;
@@ -28,13 +31,16 @@ struct PairView {
     view.past = kOfStudent >= kOfTeacher ? s_past : t_past;
     view.s_alike = s_past == view.past % kOfStudent;
     view.t_alike = t_past == view.past % kOfTeacher;
+    view.first = part == 0 ? 0 : part * size - view.past;
+    view.begin = part == 0 ? -view.past : 0;
+    view.s += view.first, view.t += view.first;
+    view.columns = int(call.columns - view.first < size ? call.columns - view.first : size);
     return view;
   }
 };
 
-template <class Index, class Stored, class Real, int kChunk>
-__device__ __forceinline__ void load_chunk(const Stored* row, Index at, Index columns, bool aligned,
-                                           Real (&out)[kChunk]) {
+template <class Stored, class Real, int kChunk>
+__device__ __forceinline__ void load_chunk(const Stored* row, int at, int columns, bool aligned, Real (&out)[kChunk]) {
   constexpr int kWidth = Vector<Stored>::kWidth;
 #pragma unroll
   for (int first = 0; first < kChunk; first += kWidth) {
@@ -87,59 +93,58 @@ struct Shares {
 
 // Value and shares of a row by kLanes lanes, or by a block; each lane holds kChunks chunks of it.
 template <class Math, class Student, class Teacher, int kLanes, int kChunks>
-__global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCall call, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCall call, const LogSumExp<Math> reducer,
+                                                                 const Divergence<Math> divergence, int64_t rows) {
   using Real = typename Math::Real;
   using View = PairView<Student, Teacher>;
   constexpr int kChunk = View::kChunk;
   constexpr int kGroups = kThreads / kLanes;
-  constexpr int64_t kTile = int64_t(kLanes) * kChunks * kChunk;
+  constexpr int kPart = kLanes * kChunks * kChunk;
   OODKERN_SHARED(Real, words, 2 * kWarps);
-  const LogSumExp<Math> reducer{call.temperature};
-  const Divergence<Math> divergence{call.temperature};
   const auto sum = [](Real a, Real b) { return a + b; };
-  const auto largest_of = [](Real a, Real b) { return LogSumExp<Math>::pivot(b, a); };
+  const auto larger = [](Real a, Real b) { return Math::larger(a, b); };
   const int lane = int(threadIdx.x) % kLanes;
   for (int64_t first = int64_t(blockIdx.x) * kGroups; first < rows; first += int64_t(gridDim.x) * kGroups) {
     // Lanes behind the last row take part in the shuffles, with a row of nothing.
     const bool real = first + int(threadIdx.x) / kLanes < rows;
     const int64_t row = real ? first + int(threadIdx.x) / kLanes : rows - 1;
-    const int64_t columns = real ? call.columns : 0;
-    const auto view = View::of(call, row);
-    const int64_t tiles = kLanes > 32 ? (columns + view.past + kTile - 1) / kTile : 1;
-    const int64_t begin = lane * kChunk - view.past;
-
+    int at = 0, columns = 0;  // of this lane's first chunk in the part that it holds, and of the part
     Real s[kChunks][kChunk], t[kChunks][kChunk];
-    const auto load = [&](int64_t tile) {
+    const auto load = [&](int64_t part) {
+      const View view = View::of(call, row, part, kPart);
+      at = view.begin + lane * kChunk;
+      columns = real ? view.columns : 0;
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        const int64_t at = begin + tile * kTile + j * kLanes * kChunk;
-        load_chunk(view.s, at, columns, view.s_alike, s[j]);
-        load_chunk(view.t, at, columns, view.t_alike, t[j]);
+        load_chunk(view.s, at + j * kLanes * kChunk, columns, view.s_alike, s[j]);
+        load_chunk(view.t, at + j * kLanes * kChunk, columns, view.t_alike, t[j]);
       }
     };
-    const auto state_of = [&](const Real(&z)[kChunks][kChunk], int64_t tile) {
+    const auto state_of = [&](const Real(&z)[kChunks][kChunk]) {
       auto state = LogSumExp<Math>::init();
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) state.maximum = LogSumExp<Math>::pivot(z[j][i], state.maximum);
+        for (int i = 0; i < kChunk; ++i) state.maximum = Math::larger(z[j][i], state.maximum);
       }
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        if (begin + tile * kTile + j * kLanes * kChunk >= columns) continue;
+        if (at + j * kLanes * kChunk >= columns) continue;
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) state.sum += reducer.add(z[j][i], state.maximum);
       }
       return state;
     };
+    int64_t parts = 1;
+    if constexpr (kLanes > 32) parts = (call.columns + View::of(call, row, 0, kPart).past + kPart - 1) / kPart;
     auto s_state = LogSumExp<Math>::init(), t_state = LogSumExp<Math>::init();
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      load(tile);
-      s_state = reducer.merge(s_state, state_of(s, tile));
-      t_state = reducer.merge(t_state, state_of(t, tile));
+    for (int64_t part = 0; part < parts; ++part) {
+      load(part);
+      s_state = reducer.merge(s_state, state_of(s));
+      t_state = reducer.merge(t_state, state_of(t));
     }
     Real maxima[2] = {s_state.maximum, t_state.maximum};
-    over_group<kLanes>(maxima, words, largest_of);
+    over_group<kLanes>(maxima, words, larger);
     Real sums[2] = {reducer.merge(s_state, {maxima[0], Real(0)}).sum, reducer.merge(t_state, {maxima[1], Real(0)}).sum};
     over_group<kLanes>(sums, words, sum);
 
@@ -147,11 +152,11 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCa
     if (sums[1] == Real(0)) shares.student.reciprocal = Real(0);
     shares.log_sums = Divergence<Math>::log_sums(shares.teacher, shares.student);
     Real total[1] = {Real(0)};
-    for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-      if (tile < tiles - 1) load(tile);
+    for (int64_t part = parts - 1; part >= 0; --part) {
+      if (part < parts - 1) load(part);
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        if (begin + tile * kTile + j * kLanes * kChunk >= columns) continue;
+        if (at + j * kLanes * kChunk >= columns) continue;
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) total[0] += shares.of(divergence, s[j][i], t[j][i], Divergence<Math>::term);
       }
@@ -169,26 +174,25 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCa
 // The student's gradient, both rows read once: `parts` of kLanes * kChunks chunks a row, each by kLanes lanes.
 template <class Math, class Student, class Teacher, int kLanes, int kChunks>
 __global__ void __launch_bounds__(kThreads, 2)
-    distillation_gradient(const DistillCall call, int64_t rows, int64_t parts) {
+    distillation_gradient(const DistillCall call, const Divergence<Math> divergence, int64_t rows, int64_t parts) {
   using Real = typename Math::Real;
   using View = PairView<Student, Teacher>;
   constexpr int kChunk = View::kChunk;
   constexpr int kGroups = kThreads / kLanes;
-  const Divergence<Math> divergence{call.temperature};
   const int64_t step = int64_t(gridDim.x) * kGroups;
   for (int64_t item = int64_t(blockIdx.x) * kGroups + int(threadIdx.x) / kLanes; item < rows * parts; item += step) {
     const int64_t row = parts == 1 ? item : item / parts;  // a division of 64 bits costs as much as a chunk
-    const int64_t part = item - row * parts;
-    const auto view = View::of(call, row);
+    const View view = View::of(call, row, item - row * parts, kLanes * kChunks * kChunk);
     Student* grad = static_cast<Student*>(call.grad_student) + row * call.columns;
     const bool grad_alike = elements_past_boundary(grad) == view.past % View::kOfStudent;
-    const int64_t begin = (part * kLanes * kChunks + int(threadIdx.x) % kLanes) * kChunk - view.past;
+    grad += view.first;
+    const int begin = view.begin + int(threadIdx.x) % kLanes * kChunk;
 
     Real s[kChunks][kChunk], t[kChunks][kChunk];
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      load_chunk(view.s, begin + j * kLanes * kChunk, call.columns, view.s_alike, s[j]);
-      load_chunk(view.t, begin + j * kLanes * kChunk, call.columns, view.t_alike, t[j]);
+      load_chunk(view.s, begin + j * kLanes * kChunk, view.columns, view.s_alike, s[j]);
+      load_chunk(view.t, begin + j * kLanes * kChunk, view.columns, view.t_alike, t[j]);
     }
     const Real* saved = static_cast<const Real*>(call.shares) + 4 * row;
     Shares<Math> shares{{saved[0], saved[1]}, {saved[2], saved[3]}, Real(0)};
@@ -196,16 +200,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Real scale = Real(call.temperature) * static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      const int64_t at = begin + j * kLanes * kChunk;
-      if (at >= call.columns) continue;
+      const int at = begin + j * kLanes * kChunk;
+      if (at >= view.columns) continue;
 #pragma unroll
-      for (int first = 0; first < kChunk; first += View::kOfStudent) {
+      for (int within = 0; within < kChunk; within += View::kOfStudent) {
         Real slopes[View::kOfStudent];
 #pragma unroll
         for (int i = 0; i < View::kOfStudent; ++i) {
-          slopes[i] = scale * shares.of(divergence, s[j][first + i], t[j][first + i], Divergence<Math>::slope);
+          slopes[i] = scale * shares.of(divergence, s[j][within + i], t[j][within + i], Divergence<Math>::slope);
         }
-        store_elements(grad, at + first, call.columns, grad_alike, slopes);
+        store_elements(grad, at + within, view.columns, grad_alike, slopes);
       }
     }
   }

@@ -39,8 +39,9 @@ inline int64_t row_splits(const RowCall& call, int64_t rows, int64_t multiproces
   if (call.pass == Pass::kBackward || columns <= columns_of_warp(call.storage) || rows == 0) return 1;
   const int64_t block = kThreads * kUnroll * 16 / bytes_of(call.storage);  // columns that a block reads at once
   const int64_t most = (columns + block - 1) / block;
-  const int64_t wanted = (kBlocksAtOnce * multiprocessors + rows - 1) / rows;
-  return wanted < most ? wanted : most;
+  // Not one block more than run at once: a second wave of a few would take as long as the first.
+  const int64_t wanted = kBlocksAtOnce * multiprocessors / rows;
+  return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
 template <class Reducer, class Stored, Pass kPass>
