@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCa
   const auto larger = [](Real a, Real b) { return Math::larger(a, b); };
   const int lane = int(threadIdx.x) % kLanes;
   for (int64_t first = int64_t(blockIdx.x) * kGroups; first < rows; first += int64_t(gridDim.x) * kGroups) {
-    // Lanes behind the last row take part in the shuffles, with a row of nothing.
+    // Lanes behind the last row take part in the shuffles, with that row once more.
     const bool real = first + int(threadIdx.x) / kLanes < rows;
     const int64_t row = real ? first + int(threadIdx.x) / kLanes : rows - 1;
     int at = 0, columns = 0;  // of this lane's first chunk in the part that it holds, and of the part
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCa
     const auto load = [&](int64_t part) {
       const View view = View::of(call, row, part, kPart);
       at = view.begin + lane * kChunk;
-      columns = real ? view.columns : 0;
+      columns = view.columns;
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         load_chunk(view.s, at + j * kLanes * kChunk, columns, view.s_alike, s[j]);

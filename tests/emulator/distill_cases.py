@@ -16,7 +16,19 @@ from oodkern import reference
 
 # A vector and 8 lanes' worth, 32 lanes', a block's, what is read twice; and one more, or one less.
 SHAPES = [(3, 5), (2, 3, 4), (1, 1), (7, 1), (35, 10), (9, 64), (3, 65), (5, 250), (3, 1000), (3, 1024), (3, 1025)]
-SHAPES += [(2, 5000), (2, 8192), (1, 8193), (1, 20_000), (9,)]
+SHAPES += [
+    (2, 5000),
+    (2, 8192),
+    (1, 8193),
+    (1, 20_000),
+    (9,),
+    (3, 63),
+    (1, 65),
+    (3, 511),
+    (1, 513),
+    (3, 1023),
+    (1, 1025),
+]
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
