@@ -168,8 +168,9 @@ struct Float {
   static OODKERN_HOST_DEVICE Real power(Real x) { return bit_cast<Real>(exponent(x)); }
   static OODKERN_HOST_DEVICE Real inverse_power(Real x) { return bit_cast<Real>((254u << 23) - exponent(x)); }
   static OODKERN_HOST_DEVICE uint32_t exponent(Real x) {
+    constexpr uint32_t kLeast = 1u << 23, kMost = 253u << 23;
     const uint32_t bits = bit_cast<uint32_t>(x) & 0x7f800000u;
-    return bits<(1u << 23) ? 1u << 23 : bits>(253u << 23) ? 253u << 23 : bits;
+    return bits < kLeast ? kLeast : (bits > kMost ? kMost : bits);
   }
 };
 struct Double {
@@ -186,8 +187,9 @@ struct Double {
   static OODKERN_HOST_DEVICE Real power(Real x) { return bit_cast<Real>(exponent(x)); }
   static OODKERN_HOST_DEVICE Real inverse_power(Real x) { return bit_cast<Real>((2046ull << 52) - exponent(x)); }
   static OODKERN_HOST_DEVICE uint64_t exponent(Real x) {
+    constexpr uint64_t kLeast = 1ull << 52, kMost = 2045ull << 52;
     const uint64_t bits = bit_cast<uint64_t>(x) & 0x7ff0000000000000ull;
-    return bits<(1ull << 52) ? 1ull << 52 : bits>(2045ull << 52) ? 2045ull << 52 : bits;
+    return bits < kLeast ? kLeast : (bits > kMost ? kMost : bits);
   }
 };
 
