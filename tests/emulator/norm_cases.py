@@ -27,9 +27,9 @@ def launch_every_kernel(through: Callable = lambda function: function) -> None:
 
 # Sizes of elements whose squares leave the range of their dtype's arithmetic.
 SIZES = {
-    torch.float32: (1e-44, 1e-38, 1e-30, 1e-20, 1e18, 1e30, 3e37),
-    torch.bfloat16: (1e-38, 1e-30, 1e18, 1e30, 3e37),
-    torch.float64: (1e-300, 1e-170, 1e-154, 1e-140, 1e149, 1e153, 1e160, 1e306),
+    torch.float32: (1e-44, 1e-38, 1e-30, 1e-20, 1e18, 1e30, 3e37, 1e38),
+    torch.bfloat16: (1e-38, 1e-30, 1e18, 1e30, 3e37, 1e38),
+    torch.float64: (1e-300, 1e-170, 1e-154, 1e-140, 1e149, 1e153, 1e160, 1e306, 5e307),
     torch.float16: (6e-8, 1e-5, 6e4),
 }
 
