@@ -19,9 +19,9 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "subspace": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "heads": {"cpu": ("native",), "cuda": ()},
-    "club": {"cpu": ("native",), "cuda": ()},
-    "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
-    "extremes": {"cpu": ("native",), "cuda": ()},
+    "club": {"cpu": ("native",), "cuda": ("native",)},
+    "pairwise_hinge": {"cpu": ("native",), "cuda": ("native",)},
+    "extremes": {"cpu": ("native",), "cuda": ("native",)},
     "distill": {"cpu": ("native",), "cuda": ("native",)},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }

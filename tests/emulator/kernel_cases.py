@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import club_cases
 import distill_cases
 import energy_cases
 import norm_cases
+import pairwise_hinge_cases
+import select_cases
 
-ROOMS = (energy_cases, norm_cases, distill_cases)
+ROOMS = (energy_cases, norm_cases, distill_cases, club_cases, pairwise_hinge_cases, select_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
