@@ -1,4 +1,5 @@
-// Room `energy` on any device: arguments checked, results allocated, one RowCall made of both. An Engine brings
+// Rooms of one number a row that can be differentiated twice, `energy` first, on any device: arguments checked, results
+// allocated, one RowCall made of both. An Engine brings
 //   run(call, rows, logits)   computes it
 //   prepare(data, bytes)      is told of large results before they are written
 #pragma once
@@ -12,6 +13,8 @@ struct RowKind {
   Reduction reduction;
   double sign;
   double temperature;
+  const char* input = "logits";  // the raw ops' names of what they are given
+  const char* score = "energy";
 };
 inline RowKind energy_kind(double temperature) {
   return {Reduction::kLogSumExp, -1.0, temperature};
@@ -36,7 +39,7 @@ inline RowCall call_of(RowKind kind, Pass pass, const Tensor& logits, const Rows
 template <class Engine>
 struct RowOps {
   static Tensor forward(RowKind kind, const Tensor& logits) {
-    check_logits(logits);
+    check_logits(logits, kind.input);
     const Rows rows = as_rows(logits);
     std::vector<int64_t> sizes = sizes_of(logits);
     sizes.pop_back();
@@ -50,11 +53,11 @@ struct RowOps {
   // What both derivatives read. `saved` is the score, or `grad` once more where no slope needs it.
   static Tensor differentiate(RowKind kind, const Tensor& grad, const Tensor& logits, const Tensor& saved,
                               const Tensor* cotangent, Tensor* grad_grad) {
-    check_logits(logits);
-    check_per_row(grad, "grad", logits);
-    check_per_row(saved, "energy", logits);
-    check_same_device(grad, "grad", logits);
-    check_same_device(saved, "energy", logits);
+    check_logits(logits, kind.input);
+    check_per_row(grad, "grad", logits, kind.input);
+    check_per_row(saved, kind.score, logits, kind.input);
+    check_same_device(grad, "grad", logits, kind.input);
+    check_same_device(saved, kind.score, logits, kind.input);
     const Rows rows = as_rows(logits);
     const Column upstream = as_column(grad);
     const Column score = as_column(saved);
@@ -70,8 +73,8 @@ struct RowOps {
       Engine::run(call, rows.rows, logits);
       return result;
     }
-    check_same_shape(*cotangent, "cotangent", logits);
-    check_same_device(*cotangent, "cotangent", logits);
+    check_same_shape(*cotangent, "cotangent", logits, kind.input);
+    check_same_device(*cotangent, "cotangent", logits, kind.input);
     const Rows directions = as_rows(*cotangent);
     *grad_grad = empty_of(logits, sizes_of(grad), score_dtype(logits));
     call.pass = Pass::kDoubleBackward;

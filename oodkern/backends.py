@@ -14,7 +14,7 @@ BACKENDS = ("native", "triton", "reference")
 # Room -> kind of device -> its kernels, best first. `reference` serves every room and device.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "energy": {"cpu": ("native",), "cuda": ("native",)},
-    "norm": {"cpu": ("native",), "cuda": ()},
+    "norm": {"cpu": ("native",), "cuda": ("native",)},
     "linear_energy": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "subspace": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
@@ -22,7 +22,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "club": {"cpu": ("native",), "cuda": ("native",)},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ("native",)},
     "extremes": {"cpu": ("native",), "cuda": ("native",)},
-    "distill": {"cpu": ("native",), "cuda": ()},
+    "distill": {"cpu": ("native",), "cuda": ("native",)},
     "select": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 

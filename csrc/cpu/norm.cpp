@@ -1,17 +1,13 @@
 // Room `norm` on the CPU: the L2 norm of each row, its gradient and the gradient's gradient.
-//
-// With u = x / |x|, an upstream gradient g and a cotangent t of the gradient g u:
-//   d/dg   = t . u
-//   d/dx_k = g (t_k - (t . u) u_k) / |x|
-// and 0 where |x| is 0.
-#include "norm.h"
+#include "../norm.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "../check.h"
 #include "dispatch.h"
+#include "norm.h"
 #include "pages.h"
+#include "tiles.h"
 
 namespace oodkern {
 namespace {
@@ -23,8 +19,8 @@ constexpr int64_t kPiece = 16384;
 struct Sizes {
   int64_t rows, columns, pieces;
 
-  explicit Sizes(const Rows& x)
-      : rows(x.rows), columns(x.columns), pieces(std::max<int64_t>(1, (columns + kPiece - 1) / kPiece)) {}
+  Sizes(const RowCall& call, int64_t rows)
+      : rows(rows), columns(call.columns), pieces(std::max<int64_t>(1, (columns + kPiece - 1) / kPiece)) {}
 
   // Calls body(row, piece, first, count) for the pieces of all rows, in parallel.
   template <class Body>
@@ -52,161 +48,128 @@ struct Sizes {
   }
 };
 
-// Elements of a tensor of rows, and numbers of a column, by their place.
+// Elements of a tensor of rows by their place.
 struct Elements {
-  const char* data;
+  char* data;
   int64_t stride, bytes;
 
-  Elements(const Rows& rows)
-      : data(static_cast<const char*>(rows.data())), stride(rows.stride), bytes(rows.tensor.element_size()) {}
-  const void* at(int64_t row, int64_t column) const { return data + (row * stride + column) * bytes; }
+  Elements(const void* rows, int64_t stride, int64_t bytes)
+      : data(static_cast<char*>(const_cast<void*>(rows))), stride(stride), bytes(bytes) {}
+  void* at(int64_t row, int64_t column) const { return data + (row * stride + column) * bytes; }
 };
 
-struct Numbers {
-  const void* data;
-  int64_t stride;
+struct Norms {
+  const RowCall& call;
+  const NormEngine& engine;
+  Sizes sizes;
+  Storage storage;
   bool wide;
+  Elements x, t, out;
 
-  Numbers(const Column& column)
-      : data(column.data()), stride(column.stride), wide(column.tensor.scalar_type() == ScalarType::Double) {}
-  double at(int64_t row) const { return real_of(wide, data, row * stride); }
+  Norms(const RowCall& call, int64_t rows, int64_t bytes)
+      : call(call),
+        engine(engines().norms),
+        sizes(call, rows),
+        storage(call.storage),
+        wide(call.storage == Storage::kFloat64),
+        x(call.logits, call.logits_stride, bytes),
+        t(call.cotangent, call.cotangent_stride, bytes),
+        out(call.grad_logits, call.columns, bytes) {}
+
+  double upstream(int64_t row) const { return real_of(wide, call.grad_score, row * call.grad_score_stride); }
+  double inverse(int64_t row) const {
+    const double norm = real_of(wide, call.saved_score, row * call.saved_score_stride);
+    return norm == 0 ? 0.0 : 1 / norm;
+  }
+
+  // Squares of float64 can leave the range where their root does not: such rows are read again, divided by a power of 2
+  // near their largest element.
+  double root(int64_t row, double square) const {
+    if (!wide || (square > 1e-280 && square < 1e300)) return std::sqrt(square);
+    double largest = 0;
+    sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) {
+      largest = std::max(largest, engine.largest(storage, x.at(row, first), count));
+    });
+    if (largest == 0 || std::isinf(largest) || std::isnan(square)) return std::sqrt(square);
+    const int exponent = std::clamp(std::ilogb(largest), -1000, 1000);
+    double total = 0;
+    sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) {
+      total += engine.square_sum(storage, x.at(row, first), count, std::ldexp(1.0, -exponent));
+    });
+    return std::ldexp(std::sqrt(total), exponent);
+  }
+
+  void forward() const {
+    const auto square = [&](int64_t row, int64_t first, int64_t count) {
+      return engine.square_sum(storage, x.at(row, first), count, 1.0);
+    };
+    if (sizes.pieces == 1) {
+      sizes.for_rows([&](int64_t row) { put_real(wide, call.score, row, root(row, square(row, 0, sizes.columns))); });
+      return;
+    }
+    std::vector<double> sums(sizes.rows * sizes.pieces);
+    sizes.for_pieces([&](int64_t row, int64_t piece, int64_t first, int64_t count) {
+      sums[row * sizes.pieces + piece] = square(row, first, count);
+    });
+    for (int64_t row = 0; row < sizes.rows; ++row) {
+      double total = 0;
+      for (int64_t piece = 0; piece < sizes.pieces; ++piece) total += sums[row * sizes.pieces + piece];
+      put_real(wide, call.score, row, root(row, total));
+    }
+  }
+
+  void backward() const {
+    sizes.for_pieces([&](int64_t row, int64_t, int64_t first, int64_t count) {
+      engine.scaled(storage, x.at(row, first), count, inverse(row), upstream(row), out.at(row, first));
+    });
+  }
+
+  void double_backward() const {
+    const auto dot = [&](int64_t row, int64_t first, int64_t count) {
+      return engine.dot(storage, x.at(row, first), t.at(row, first), count, inverse(row));
+    };
+    const auto project = [&](int64_t row, int64_t first, int64_t count, double along) {
+      engine.projected(storage, x.at(row, first), t.at(row, first), count, inverse(row), along,
+                       upstream(row) * inverse(row), out.at(row, first));
+    };
+    // A thread that takes whole rows finds them in cache the second time; where there are too few for that, pieces.
+    if (sizes.rows >= 4 * int64_t(torch::stable::get_num_threads()) || sizes.pieces == 1) {
+      sizes.for_rows([&](int64_t row) {
+        double along = 0;
+        sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) { along += dot(row, first, count); });
+        put_real(wide, call.grad_grad_score, row, along);
+        sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) { project(row, first, count, along); });
+      });
+      return;
+    }
+    std::vector<double> dots(sizes.rows * sizes.pieces), along(sizes.rows);
+    sizes.for_pieces([&](int64_t row, int64_t piece, int64_t first, int64_t count) {
+      dots[row * sizes.pieces + piece] = dot(row, first, count);
+    });
+    for (int64_t row = 0; row < sizes.rows; ++row) {
+      for (int64_t piece = 0; piece < sizes.pieces; ++piece) along[row] += dots[row * sizes.pieces + piece];
+      put_real(wide, call.grad_grad_score, row, along[row]);
+    }
+    sizes.for_pieces(
+        [&](int64_t row, int64_t, int64_t first, int64_t count) { project(row, first, count, along[row]); });
+  }
 };
 
-void put(const Tensor& column, int64_t row, double value) {
-  put_real(column.scalar_type() == ScalarType::Double, column.mutable_data_ptr(), row, value);
-}
-
-// Squares of float64 can leave the range where their root does not: such rows are read again, divided by a power of 2
-// near their largest element.
-double root(const NormEngine& engine, Storage storage, const Sizes& sizes, const Elements& x, int64_t row,
-            double square) {
-  if (storage != Storage::kFloat64 || (square > 1e-280 && square < 1e300)) return std::sqrt(square);
-  double largest = 0;
-  sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) {
-    largest = std::max(largest, engine.largest(storage, x.at(row, first), count));
-  });
-  if (largest == 0 || std::isinf(largest) || std::isnan(square)) return std::sqrt(square);
-  const int exponent = std::clamp(std::ilogb(largest), -1000, 1000);
-  double total = 0;
-  sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) {
-    total += engine.square_sum(storage, x.at(row, first), count, std::ldexp(1.0, -exponent));
-  });
-  return std::ldexp(std::sqrt(total), exponent);
-}
-
-Tensor sample_norm(const Tensor& x) {
-  check_logits(x, "x");
-  const NormEngine& engine = engines().norms;
-  const Storage storage = storage_of(x);
-  const Rows rows = as_rows(x);
-  const Sizes sizes(rows);
-  const Elements elements(rows);
-  std::vector<int64_t> shape = sizes_of(x);
-  shape.pop_back();
-  Tensor norm = empty_of(x, shape, score_dtype(x));
-  if (sizes.pieces == 1) {
-    sizes.for_rows([&](int64_t row) {
-      const double square = engine.square_sum(storage, elements.at(row, 0), sizes.columns, 1.0);
-      put(norm, row, root(engine, storage, sizes, elements, row, square));
-    });
-    return norm;
+struct CpuNorms {
+  static void run(const RowCall& call, int64_t rows, const Tensor& x) {
+    const Norms norms(call, rows, int64_t(x.element_size()));
+    switch (call.pass) {
+      case Pass::kForward: return norms.forward();
+      case Pass::kBackward: return norms.backward();
+      case Pass::kDoubleBackward: return norms.double_backward();
+    }
   }
-  std::vector<double> sums(sizes.rows * sizes.pieces);
-  sizes.for_pieces([&](int64_t row, int64_t piece, int64_t first, int64_t count) {
-    sums[row * sizes.pieces + piece] = engine.square_sum(storage, elements.at(row, first), count, 1.0);
-  });
-  for (int64_t row = 0; row < sizes.rows; ++row) {
-    double square = 0;
-    for (int64_t piece = 0; piece < sizes.pieces; ++piece) square += sums[row * sizes.pieces + piece];
-    put(norm, row, root(engine, storage, sizes, elements, row, square));
-  }
-  return norm;
-}
-
-double inverse_of(double norm) {
-  return norm == 0 ? 0.0 : 1 / norm;
-}
-
-Tensor gradient_like(const Tensor& x) {
-  Tensor result = empty_of(x, sizes_of(x), x.scalar_type());
-  prefer_large_pages(result.mutable_data_ptr(), result.numel() * int64_t(result.element_size()));
-  return result;
-}
-
-void check_upstream(const Tensor& grad, const Tensor& x, const Tensor& norm) {
-  check_logits(x, "x");
-  check_per_row(grad, "grad", x, "x");
-  check_per_row(norm, "norm", x, "x");
-}
-
-Tensor sample_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& norm) {
-  check_upstream(grad, x, norm);
-  const NormEngine& engine = engines().norms;
-  const Storage storage = storage_of(x);
-  const Rows rows = as_rows(x);
-  const Column upstream = as_column(grad), norms = as_column(norm);
-  const Sizes sizes(rows);
-  const Elements elements(rows);
-  const Numbers g(upstream), n(norms);
-  Tensor result = gradient_like(x);
-  char* out = static_cast<char*>(result.mutable_data_ptr());
-  sizes.for_pieces([&](int64_t row, int64_t, int64_t first, int64_t count) {
-    void* piece = out + (row * sizes.columns + first) * elements.bytes;
-    engine.scaled(storage, elements.at(row, first), count, inverse_of(n.at(row)), g.at(row), piece);
-  });
-  return result;
-}
-
-std::tuple<Tensor, Tensor> sample_norm_double_backward(const Tensor& cotangent, const Tensor& grad, const Tensor& x,
-                                                       const Tensor& norm) {
-  check_upstream(grad, x, norm);
-  check_same_shape(cotangent, "cotangent", x, "x");
-  const NormEngine& engine = engines().norms;
-  const Storage storage = storage_of(x);
-  const Rows rows = as_rows(x), directions = as_rows(cotangent);
-  const Column upstream = as_column(grad), norms = as_column(norm);
-  const Sizes sizes(rows);
-  const Elements elements(rows), t(directions);
-  const Numbers g(upstream), n(norms);
-  Tensor grad_grad = empty_of(x, sizes_of(grad), score_dtype(x));
-  Tensor result = gradient_like(x);
-  char* out = static_cast<char*>(result.mutable_data_ptr());
-  const auto dot = [&](int64_t row, int64_t first, int64_t count) {
-    return engine.dot(storage, elements.at(row, first), t.at(row, first), count, inverse_of(n.at(row)));
-  };
-  const auto project = [&](int64_t row, int64_t first, int64_t count, double along) {
-    const double inverse = inverse_of(n.at(row));
-    void* piece = out + (row * sizes.columns + first) * elements.bytes;
-    engine.projected(storage, elements.at(row, first), t.at(row, first), count, inverse, along, g.at(row) * inverse,
-                     piece);
-  };
-  // A thread that takes whole rows finds them in cache the second time; where there are too few for that, pieces.
-  if (sizes.rows >= 4 * int64_t(torch::stable::get_num_threads()) || sizes.pieces == 1) {
-    sizes.for_rows([&](int64_t row) {
-      double along = 0;
-      sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) { along += dot(row, first, count); });
-      put(grad_grad, row, along);
-      sizes.of_row(row, [&](int64_t, int64_t, int64_t first, int64_t count) { project(row, first, count, along); });
-    });
-    return {grad_grad, result};
-  }
-  std::vector<double> dots(sizes.rows * sizes.pieces), along(sizes.rows);
-  sizes.for_pieces([&](int64_t row, int64_t piece, int64_t first, int64_t count) {
-    dots[row * sizes.pieces + piece] = dot(row, first, count);
-  });
-  for (int64_t row = 0; row < sizes.rows; ++row) {
-    for (int64_t piece = 0; piece < sizes.pieces; ++piece) along[row] += dots[row * sizes.pieces + piece];
-    put(grad_grad, row, along[row]);
-  }
-  sizes.for_pieces([&](int64_t row, int64_t, int64_t first, int64_t count) { project(row, first, count, along[row]); });
-  return {grad_grad, result};
-}
+  static void prepare(void* data, int64_t bytes) { prefer_large_pages(data, bytes); }
+};
 
 }  // namespace
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
-  m.impl("sample_norm", TORCH_BOX(&oodkern::sample_norm));
-  m.impl("sample_norm_backward", TORCH_BOX(&oodkern::sample_norm_backward));
-  m.impl("sample_norm_double_backward", TORCH_BOX(&oodkern::sample_norm_double_backward));
+  OODKERN_NORM_OPS(m, oodkern::CpuNorms);
 }

@@ -7,7 +7,7 @@
 
 namespace oodkern {
 
-enum class Reduction { kLogSumExp, kSoftplusSum, kAbsSum };
+enum class Reduction { kLogSumExp, kSoftplusSum, kAbsSum, kNorm };
 enum class Pass { kForward, kBackward, kDoubleBackward };
 enum class Storage { kFloat64, kFloat32, kBFloat16, kFloat16 };
 

@@ -98,6 +98,14 @@ __device__ __forceinline__ void narrow(double x, double* out) {
   *out = x;
 }
 
+template <class To, class From>
+OODKERN_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
 // As many elements as one access of 16 bytes carries.
 template <class Stored>
 struct alignas(16) Vector {
@@ -140,9 +148,30 @@ struct Float {
   static OODKERN_HOST_DEVICE Real infinity() { return INFINITY; }
   static OODKERN_HOST_DEVICE Real absolute(Real x) { return fabsf(x); }
   static OODKERN_HOST_DEVICE Real exp_of_negative(Real x) { return expf(x); }
-  static OODKERN_HOST_DEVICE Real exp2(Real x) { return exp2f(x); }
+  // The instruction alone, as exact as exp2f and three instructions shorter: it makes 0 of what is under 2^-126, as the
+  // CPU's does.
+  static OODKERN_HOST_DEVICE Real exp2(Real x) {
+#if defined(__CUDA_ARCH__)
+    Real y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    const Real y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;
+#endif
+  }
   static OODKERN_HOST_DEVICE Real log(Real x) { return logf(x); }
   static OODKERN_HOST_DEVICE Real log1p_unit(Real x) { return log1pf(x); }
+  static OODKERN_HOST_DEVICE Real larger(Real a, Real b) { return fmaxf(a, b); }  // of a number and a NaN the number
+  static OODKERN_HOST_DEVICE Real root(Real x) { return sqrtf(x); }
+  // The power of 2 at or below x >= 0, kept within [2^-126, 2^126], and its inverse.
+  static OODKERN_HOST_DEVICE Real power(Real x) { return bit_cast<Real>(exponent(x)); }
+  static OODKERN_HOST_DEVICE Real inverse_power(Real x) { return bit_cast<Real>((254u << 23) - exponent(x)); }
+  static OODKERN_HOST_DEVICE uint32_t exponent(Real x) {
+    constexpr uint32_t kLeast = 1u << 23, kMost = 253u << 23;
+    const uint32_t bits = bit_cast<uint32_t>(x) & 0x7f800000u;
+    return bits < kLeast ? kLeast : (bits > kMost ? kMost : bits);
+  }
 };
 struct Double {
   using Real = double;
@@ -153,6 +182,15 @@ struct Double {
   static OODKERN_HOST_DEVICE Real exp2(Real x) { return ::exp2(x); }
   static OODKERN_HOST_DEVICE Real log(Real x) { return ::log(x); }
   static OODKERN_HOST_DEVICE Real log1p_unit(Real x) { return log1p(x); }
+  static OODKERN_HOST_DEVICE Real larger(Real a, Real b) { return fmax(a, b); }
+  static OODKERN_HOST_DEVICE Real root(Real x) { return sqrt(x); }
+  static OODKERN_HOST_DEVICE Real power(Real x) { return bit_cast<Real>(exponent(x)); }
+  static OODKERN_HOST_DEVICE Real inverse_power(Real x) { return bit_cast<Real>((2046ull << 52) - exponent(x)); }
+  static OODKERN_HOST_DEVICE uint64_t exponent(Real x) {
+    constexpr uint64_t kLeast = 1ull << 52, kMost = 2045ull << 52;
+    const uint64_t bits = bit_cast<uint64_t>(x) & 0x7ff0000000000000ull;
+    return bits < kLeast ? kLeast : (bits > kMost ? kMost : bits);
+  }
 };
 
 }  // namespace oodkern::device

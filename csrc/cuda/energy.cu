@@ -7,14 +7,10 @@ namespace {
 
 struct CudaRows {
   static void run(const RowCall& call, int64_t rows, const Tensor& logits) {
-    const CudaStream stream(logits);
-    const int64_t splits = device::row_splits(call, rows, stream.multiprocessors());
-    const Tensor partials = empty_of(logits, {splits > 1 ? rows * splits * 2 : 0}, score_dtype(logits));
-    void* states = partials.mutable_data_ptr();
     if (call.reduction == Reduction::kLogSumExp) {
-      device::run_rows<LogSumExp>(stream, call, rows, splits, states);
+      device::reduce<LogSumExp>(call, rows, logits);
     } else {
-      device::run_rows<SoftplusSum>(stream, call, rows, splits, states);
+      device::reduce<SoftplusSum>(call, rows, logits);
     }
   }
   static void prepare(void*, int64_t) {}

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) warp_rows(const RowCall call, con
     Real z[kVectors][kWidth];
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      load_elements(view.z, begin + j * kLanes * kWidth, columns, true, absent<Real>(), z[j]);
+      load_elements(view.z, begin + j * kLanes * kWidth, columns, true, Reducer::absent(), z[j]);
     }
     if constexpr (kPass == Pass::kForward) {
       Real pivot = Reducer::init().maximum;
@@ -155,7 +155,8 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_rows(const RowCall call, c
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         const int64_t vector = at + j * kThreads;
-        load_elements(view.z, vector * kWidth - view.past, vector < end ? call.columns : 0, true, absent<Real>(), z[j]);
+        load_elements(view.z, vector * kWidth - view.past, vector < end ? call.columns : 0, true, Reducer::absent(),
+                      z[j]);
       }
       Real pivot = 0, sum = 0;
       if constexpr (kPass == Pass::kForward) {
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Real z[kUnroll][kWidth];
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
-      load_elements(view.z, begin + j * kThreads * kWidth, call.columns, true, absent<Real>(), z[j]);
+      load_elements(view.z, begin + j * kThreads * kWidth, call.columns, true, Reducer::absent(), z[j]);
     }
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {

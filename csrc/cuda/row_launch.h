@@ -39,8 +39,9 @@ inline int64_t row_splits(const RowCall& call, int64_t rows, int64_t multiproces
   if (call.pass == Pass::kBackward || columns <= columns_of_warp(call.storage) || rows == 0) return 1;
   const int64_t block = kThreads * kUnroll * 16 / bytes_of(call.storage);  // columns that a block reads at once
   const int64_t most = (columns + block - 1) / block;
-  const int64_t wanted = (kBlocksAtOnce * multiprocessors + rows - 1) / rows;
-  return wanted < most ? wanted : most;
+  // Not one block more than run at once: a second wave of a few would take as long as the first.
+  const int64_t wanted = kBlocksAtOnce * multiprocessors / rows;
+  return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
 template <class Reducer, class Stored, Pass kPass>
@@ -100,6 +101,15 @@ void run_rows(const CudaStream& stream, const RowCall& call, int64_t rows, int64
     case Storage::kBFloat16: return run_storage<Reducer, Float, BFloat16>(stream, call, rows, splits, partials);
     case Storage::kFloat16: return run_storage<Reducer, Float, Float16>(stream, call, rows, splits, partials);
   }
+}
+
+// A room's call on the current stream.
+template <template <class> class Reducer>
+void reduce(const RowCall& call, int64_t rows, const Tensor& logits) {
+  const CudaStream stream(logits);
+  const int64_t splits = row_splits(call, rows, stream.multiprocessors());
+  const Tensor partials = empty_of(logits, {splits > 1 ? rows * splits * 2 : 0}, score_dtype(logits));
+  run_rows<Reducer>(stream, call, rows, splits, partials.mutable_data_ptr());
 }
 
 }  // namespace oodkern::device

@@ -6,13 +6,6 @@
 
 namespace oodkern::device {
 
-// Read as its logits, what lies outside a row adds nothing: exp(-inf) = 0 to LogSumExp, log(1 + exp(-inf)) = 0 to
-// SoftplusSum.
-template <class Real>
-OODKERN_HOST_DEVICE Real absent() {
-  return -Real(INFINITY);
-}
-
 // How many elements `row` lies behind a multiple of 16 bytes. Rows are read in vectors from that multiple on; the first
 // and last may stick out of the row, and are then read one element after another.
 template <class Stored>

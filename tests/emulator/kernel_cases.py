@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import club_cases
+import distill_cases
 import energy_cases
+import norm_cases
 import pairwise_hinge_cases
 import select_cases
 import stream_cases
 
-ROOMS = (energy_cases, club_cases, pairwise_hinge_cases, select_cases, stream_cases)
+ROOMS = (
+    energy_cases, norm_cases, distill_cases, club_cases, pairwise_hinge_cases, select_cases, stream_cases,
+)  # fmt: skip
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:

@@ -8,27 +8,12 @@ from bar import OpBar
 from layouts import FLOATS
 from op import Op
 from oracle import allocations, assert_two_sided, in_float64, like, value_and_gradients
-from torch import Tensor
+from room_norm import eager_norm, over_last
 
 import oodkern
 from oodkern import _native, reference
 
 PIECE = 16_384  # rows are cut into pieces of so many elements
-
-
-def over_last(function):
-    """The norm over the last dimension, which is what the bar's ops reduce."""
-
-    def rows(x):
-        if not isinstance(x, Tensor) or x.dim() in (0, 2):
-            return function(x)
-        return function(x.flatten(0, -2) if x.dim() > 1 else x[None]).reshape(x.shape[:-1])
-
-    return rows
-
-
-def eager_norm(x):
-    return x.norm(dim=-1)
 
 
 def forward(x):

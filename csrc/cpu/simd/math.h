@@ -30,12 +30,6 @@ struct Double {
   static OODKERN_INLINE Real exp2(Real x) { return __builtin_exp2(x); }
   static OODKERN_INLINE Real log(Real x) { return __builtin_log(x); }
   static OODKERN_INLINE Real log1p_unit(Real x) { return __builtin_log1p(x); }
-  // (exp(x) - 1 - x) / x^2 for |x| <= 1: its Taylor series, whose next term is 2e-17 of it.
-  static OODKERN_INLINE Real exponential_remainder(Real x) {
-    Real q = 1.0;
-    for (int n = 19; n > 2; --n) q = 1.0 + q * x / n;
-    return 0.5 * q;
-  }
 };
 
 struct Float {
@@ -101,19 +95,6 @@ struct Float {
     q = q * s2 + 2.0010767e-1f;
     q = q * s2 + 3.3333208e-1f;
     return 2.0f * (s + s * s2 * q);
-  }
-
-  // (exp(x) - 1 - x) / x^2 for |x| <= 1, where the difference as written keeps nothing of a small x. Minimax fit with
-  // relative error 4.3e-9.
-  static OODKERN_INLINE Real exponential_remainder(Real x) {
-    float q = 2.77228355e-06f;
-    q = q * x + 2.53548296e-05f;
-    q = q * x + 1.98440233e-04f;
-    q = q * x + 1.38854515e-03f;
-    q = q * x + 8.33331048e-03f;
-    q = q * x + 4.16667350e-02f;
-    q = q * x + 1.66666672e-01f;
-    return q * x + 0.5f;
   }
 };
 

@@ -116,6 +116,7 @@ void run_rows(const RowCall& call, int64_t begin, int64_t end) {
     case Reduction::kLogSumExp: return run<LogSumExp>(call, begin, end);
     case Reduction::kSoftplusSum: return run<SoftplusSum>(call, begin, end);
     case Reduction::kAbsSum: return run<AbsSum>(call, begin, end);
+    case Reduction::kNorm: return;  // has an engine of its own (cpu/norm.h)
   }
 }
 

@@ -31,6 +31,7 @@ OODKERN_INLINE void with_reducer(bool wide, Reduce reduce, Body&& body) {
       case Reduction::kLogSumExp: return body(math, LogSumExp<Math>{reduce.temperature});
       case Reduction::kSoftplusSum: return body(math, SoftplusSum<Math>{0.0});
       case Reduction::kAbsSum: return body(math, AbsSum<Math>{0.0});
+      case Reduction::kNorm: return;  // of no product
     }
   });
 }
