@@ -86,9 +86,10 @@ SharedArray<T> shared_array(const void* declaration, size_t count) {
   return SharedArray<T>(static_cast<SharedWords<T>*>(slot.get()));
 }
 
-inline void check_alignment(const void* address, const char* what) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) {
-    current->fail(std::string(what) + " of 16 bytes at an address that is no multiple of 16");
+inline void check_alignment(const void* address, const char* what, size_t bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) {
+    const std::string number = std::to_string(bytes);
+    current->fail(std::string(what) + " of " + number + " bytes at an address that is no multiple of " + number);
   }
 }
 
