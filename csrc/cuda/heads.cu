@@ -22,7 +22,6 @@ template <class Math, class Stored>
 void run_binary(const CudaStream& stream, const HeadCall& call, int64_t rows, int64_t columns) {
   using namespace device;
   constexpr int kWidth = Vector<Stored>::kWidth;
-  // A lane reads two vectors at once.
   const int lanes = columns <= 8 * 4 * kWidth ? 8 : columns <= 32 * 8 * kWidth ? 32 : kThreads;
   stream.launch("binary_rows", binary_rows<Math, Stored>, blocks_for(rows, kThreads / lanes), kThreads, 0, call, rows,
                 lanes);

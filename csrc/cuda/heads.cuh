@@ -93,7 +93,7 @@ __device__ __forceinline__ Real sum_about(Real reference, const Real (&z)[kWidth
 }
 
 template <class Math, class Stored, int kLanes, int kVectors>
-__global__ void __launch_bounds__(kThreads, 2) head_lanes(const HeadCall call, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 3) head_lanes(const HeadCall call, int64_t rows) {
   using Real = typename Math::Real;
   using Reducer = LogSumExp<Math>;
   constexpr int kWidth = Vector<Stored>::kWidth;
@@ -110,10 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_lanes(const HeadCall call, i
     const auto view = HeadRow<Stored>::of(call, row);
     const int begin = lane % kLanes * kWidth - view.past;
     Real z[kVectors][kWidth];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      load_elements(view.z, begin + j * kLanes * kWidth, columns, true, -Math::infinity(), z[j]);
-    }
+    load_vectors(view.z, begin, kLanes * kWidth, columns, -Math::infinity(), z);
     Real pivot = Reducer::init().maximum, above_mean = 0;
     HeadSlope<Math> slope{};
     if (call.value) {
@@ -157,15 +154,6 @@ __global__ void __launch_bounds__(kThreads, 2) head_lanes(const HeadCall call, i
   }
 }
 
-// What a block has of a row: kThreads * kVectors vectors from element `at` of this thread on.
-template <class Stored, class Real, int kVectors, int kWidth>
-__device__ __forceinline__ void load_chunk(const HeadRow<Stored>& view, int64_t at, int64_t columns,
-                                           Real (&z)[kVectors][kWidth]) {
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    load_elements(view.z, at + j * kThreads * kWidth, columns, true, -Real(INFINITY), z[j]);
-  }
-}
 // exp(z - pivot) in the place of z; their sum.
 template <class Reducer, class Real, int kVectors, int kWidth>
 __device__ __forceinline__ Real exponentials(const Reducer& reducer, Real pivot, Real (&z)[kVectors][kWidth]) {
@@ -195,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_blocks(const HeadCall call, 
   using Real = typename Math::Real;
   using Reducer = LogSumExp<Math>;
   constexpr int kWidth = Vector<Stored>::kWidth;
-  constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth;
+  constexpr int64_t kStep = kThreads * kWidth, kChunk = kStep * kVectors;
   OODKERN_SHARED(Real, pivots, 2 * kWarps);  // of this chunk, and of the one before
   OODKERN_SHARED(Real, sums, 2 * kWarps);
   const Reducer reducer(1.0);
@@ -209,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_blocks(const HeadCall call, 
     Real z[kVectors][kWidth];
     if (!call.value) {
       const int64_t at = begin + item % parts * kChunk;
-      load_chunk(view, at, call.columns, z);
+      load_vectors(view.z, at, kStep, call.columns, -Math::infinity(), z);
       const auto slope = HeadSlope<Math>::saved(call, row);
       exponentials(reducer, slope.maximum, z);
       store_chunk(view, at, call.columns, slope, z);
@@ -219,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_blocks(const HeadCall call, 
     Real linear = 0, reference = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t at = begin + chunk * kChunk;
-      load_chunk(view, at, call.columns, z);
+      load_vectors(view.z, at, kStep, call.columns, -Math::infinity(), z);
       Real pivot = state.maximum;
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
@@ -260,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_blocks(const HeadCall call, 
     store_chunk(view, begin + (chunks - 1) * kChunk, call.columns, slope, z);
     for (int64_t chunk = chunks - 2; chunk >= 0; --chunk) {
       const int64_t at = begin + chunk * kChunk;
-      load_chunk(view, at, call.columns, z);
+      load_vectors(view.z, at, kStep, call.columns, -Math::infinity(), z);
       exponentials(reducer, slope.maximum, z);
       store_chunk(view, at, call.columns, slope, z);
     }
@@ -269,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_blocks(const HeadCall call, 
 
 // Each row by `lanes` threads: 8, 32 or a block.
 template <class Math, class Stored>
-__global__ void __launch_bounds__(kThreads, 3) binary_rows(const HeadCall call, int64_t rows, int lanes) {
+__global__ void __launch_bounds__(kThreads, 4) binary_rows(const HeadCall call, int64_t rows, int lanes) {
   using Real = typename Math::Real;
   using Entropy = BinaryEntropy<Math>;
   constexpr int kWidth = Vector<Stored>::kWidth;
@@ -288,24 +276,17 @@ __global__ void __launch_bounds__(kThreads, 3) binary_rows(const HeadCall call, 
       scale = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride] / classes;
     }
     Real sum = 0;
-    for (int64_t at = int64_t(lane) * kWidth - view.past; at < columns; at += 2 * kWidth * lanes) {
-      Real z[2][kWidth], y[2][kWidth];
+    for (int64_t at = int64_t(lane) * kWidth - view.past; at < columns; at += kWidth * lanes) {
+      Real z[1][kWidth], y[kWidth], part = 0;
+      load_vectors(view.z, at, int64_t(0), columns, -Math::infinity(), z);
+      read_labels(labels, at, columns, y);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        load_elements(view.z, at + j * kWidth * lanes, columns, true, -Math::infinity(), z[j]);
+      for (int i = 0; i < kWidth; ++i) {
+        const Real e = Entropy::exponential(z[0][i]);
+        part += Entropy::term(z[0][i], y[i], e);
+        y[i] = scale * Entropy::slope(z[0][i], y[i], e);
       }
-      read_labels(labels, at, int64_t(kWidth * lanes), columns, y);
-      Real part = 0;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          const Real e = Entropy::exponential(z[j][i]);
-          part += Entropy::term(z[j][i], y[j][i], e);
-          z[j][i] = scale * Entropy::slope(z[j][i], y[j][i], e);
-        }
-        if (view.grad) store_elements(view.grad, at + j * kWidth * lanes, columns, view.alike, z[j]);
-      }
+      if (view.grad) store_elements(view.grad, at, columns, view.alike, y);
       sum += part;
     }
     if (!call.value) continue;

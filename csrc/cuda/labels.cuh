@@ -46,41 +46,33 @@ __device__ __forceinline__ Real number_of(Label label) {
   }
 }
 
-// Labels [at, at + kWidth) and, kVectors times, those `step` further; 0 for what a row of `columns` has not.
-template <class Label, class Real, int kVectors, int kWidth>
-__device__ __forceinline__ void read_labels_as(const LabelRow& row, int64_t at, int64_t step, int64_t columns,
-                                               Real (&out)[kVectors][kWidth]) {
+// Labels [at, at + kWidth); 0 for those that a row of `columns` has not.
+template <class Label, class Real, int kWidth>
+__device__ __forceinline__ void read_labels_as(const LabelRow& row, int64_t at, int64_t columns, Real (&out)[kWidth]) {
   const Label* y = static_cast<const Label*>(row.y);
+  Label labels[kWidth];
+  if (row.alike && at >= 0 && at + kWidth <= columns) {
+    load_words<kWidth * int(sizeof(Label))>(y + at, labels);
+  } else {
 #pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int64_t from = at + j * step;
-    Label labels[kWidth];
-    if (row.alike && from >= 0 && from + kWidth <= columns) {
-      load_words<kWidth * int(sizeof(Label))>(y + from, labels);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        labels[i] = from + i >= 0 && from + i < columns ? y[from + i] : Label{};
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) out[j][i] = number_of<Real>(labels[i]);
+    for (int i = 0; i < kWidth; ++i) labels[i] = at + i >= 0 && at + i < columns ? y[at + i] : Label{};
   }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) out[i] = number_of<Real>(labels[i]);
 }
 
-template <class Real, int kVectors, int kWidth>
-__device__ __forceinline__ void read_labels(const LabelRow& row, int64_t at, int64_t step, int64_t columns,
-                                            Real (&out)[kVectors][kWidth]) {
+template <class Real, int kWidth>
+__device__ __forceinline__ void read_labels(const LabelRow& row, int64_t at, int64_t columns, Real (&out)[kWidth]) {
   switch (row.storage) {
-    case Target::kFloat64: return read_labels_as<double>(row, at, step, columns, out);
-    case Target::kFloat32: return read_labels_as<float>(row, at, step, columns, out);
-    case Target::kBFloat16: return read_labels_as<BFloat16>(row, at, step, columns, out);
-    case Target::kFloat16: return read_labels_as<Float16>(row, at, step, columns, out);
-    case Target::kUint8: return read_labels_as<uint8_t>(row, at, step, columns, out);
-    case Target::kInt8: return read_labels_as<int8_t>(row, at, step, columns, out);
-    case Target::kInt16: return read_labels_as<int16_t>(row, at, step, columns, out);
-    case Target::kInt32: return read_labels_as<int32_t>(row, at, step, columns, out);
-    case Target::kInt64: return read_labels_as<int64_t>(row, at, step, columns, out);
+    case Target::kFloat64: return read_labels_as<double>(row, at, columns, out);
+    case Target::kFloat32: return read_labels_as<float>(row, at, columns, out);
+    case Target::kBFloat16: return read_labels_as<BFloat16>(row, at, columns, out);
+    case Target::kFloat16: return read_labels_as<Float16>(row, at, columns, out);
+    case Target::kUint8: return read_labels_as<uint8_t>(row, at, columns, out);
+    case Target::kInt8: return read_labels_as<int8_t>(row, at, columns, out);
+    case Target::kInt16: return read_labels_as<int16_t>(row, at, columns, out);
+    case Target::kInt32: return read_labels_as<int32_t>(row, at, columns, out);
+    case Target::kInt64: return read_labels_as<int64_t>(row, at, columns, out);
   }
 }
 
