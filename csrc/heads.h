@@ -132,6 +132,6 @@ struct HeadOps {
 }  // namespace oodkern
 
 // The room's raw ops in a registration.
-#define OODKERN_HEAD_OPS(m, Engine)                            \
+#define OODKERN_HEAD_OPS(m, Engine)                           \
   m.impl("head", TORCH_BOX(&oodkern::HeadOps<Engine>::head)); \
   m.impl("head_backward", TORCH_BOX(&oodkern::HeadOps<Engine>::head_backward))

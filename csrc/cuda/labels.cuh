@@ -52,7 +52,7 @@ __device__ __forceinline__ void read_labels_as(const LabelRow& row, int64_t at, 
   const Label* y = static_cast<const Label*>(row.y);
   Label labels[kWidth];
   if (row.alike && at >= 0 && at + kWidth <= columns) {
-    load_words<kWidth * int(sizeof(Label))>(y + at, labels);
+    load_words<kWidth* int(sizeof(Label))>(y + at, labels);
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) labels[i] = at + i >= 0 && at + i < columns ? y[at + i] : Label{};

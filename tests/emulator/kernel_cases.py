@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import energy_cases
+import heads_cases
 
-ROOMS = (energy_cases,)
+ROOMS = (energy_cases, heads_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:
