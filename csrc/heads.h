@@ -109,8 +109,9 @@ struct HeadOps {
     return {value, rows, gradient};
   }
 
-  static Tensor head_backward(std::string name, const Tensor& grad, const Tensor& logits, std::optional<Tensor> target,
-                              double margin, const Tensor& rows) {
+  // `foreseen` is what `gradient` is formed for; null where nothing is formed.
+  static void differentiate(const std::string& name, const Tensor& grad, const Tensor* foreseen, const Tensor& logits,
+                            const std::optional<Tensor>& target, double margin, const Tensor& rows, Tensor& gradient) {
     const GivenHead all = given_head(name, logits, target);
     check_per_row(grad, "grad", logits);
     check_same_device(grad, "grad", logits);
@@ -119,19 +120,42 @@ struct HeadOps {
     check_same_device(rows, "rows", logits);
     const Column upstream = as_column(grad);
     const Tensor dense = torch::stable::contiguous(rows);
-    Tensor gradient = empty_of(logits, sizes_of(logits), logits.scalar_type());
-    if (gradient.numel() == 0) return gradient;
+    if (gradient.numel() == 0) return;
     HeadCall call = call_of(all, logits, margin);
     call.rows = const_cast<void*>(dense.const_data_ptr());
     ask_for(call, upstream, gradient);
+    std::optional<Column> formed_for;
+    if (foreseen) {
+      check_per_row(*foreseen, "foreseen", logits);
+      check_same_device(*foreseen, "foreseen", logits);
+      formed_for = as_column(*foreseen);
+      call.foreseen = formed_for->data();
+      call.foreseen_stride = formed_for->stride;
+    }
     Engine::run(call, all.logits.rows, logits);
+  }
+
+  static Tensor head_backward(std::string name, const Tensor& grad, const Tensor& logits, std::optional<Tensor> target,
+                              double margin, const Tensor& rows) {
+    check_logits(logits);
+    Tensor gradient = empty_of(logits, sizes_of(logits), logits.scalar_type());
+    differentiate(name, grad, nullptr, logits, target, margin, rows, gradient);
     return gradient;
+  }
+
+  static void head_mend(std::string name, Tensor gradient, const Tensor& grad, const Tensor& foreseen,
+                        const Tensor& logits, std::optional<Tensor> target, double margin, const Tensor& rows) {
+    check_same_shape(gradient, "gradient", logits);
+    check_same_device(gradient, "gradient", logits);
+    STD_TORCH_CHECK(gradient.is_contiguous(), "gradient: expected what the head gave, dense");
+    differentiate(name, grad, &foreseen, logits, target, margin, rows, gradient);
   }
 };
 
 }  // namespace oodkern
 
 // The room's raw ops in a registration.
-#define OODKERN_HEAD_OPS(m, Engine)                           \
-  m.impl("head", TORCH_BOX(&oodkern::HeadOps<Engine>::head)); \
-  m.impl("head_backward", TORCH_BOX(&oodkern::HeadOps<Engine>::head_backward))
+#define OODKERN_HEAD_OPS(m, Engine)                                             \
+  m.impl("head", TORCH_BOX(&oodkern::HeadOps<Engine>::head));                   \
+  m.impl("head_backward", TORCH_BOX(&oodkern::HeadOps<Engine>::head_backward)); \
+  m.impl("head_mend", TORCH_BOX(&oodkern::HeadOps<Engine>::head_mend))

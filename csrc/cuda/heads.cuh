@@ -15,6 +15,13 @@
 
 namespace oodkern::device {
 
+// Whether a row of a gradient that is mended is left as it is.
+template <class Real>
+__device__ __forceinline__ bool is_formed(const HeadCall& call, int64_t row) {
+  return call.foreseen && is_foreseen(static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride],
+                                      static_cast<const Real*>(call.foreseen)[row * call.foreseen_stride]);
+}
+
 template <class Stored>
 struct HeadRow {
   const Stored* z;
@@ -107,7 +114,9 @@ __global__ void __launch_bounds__(kThreads, 3) head_lanes(const HeadCall call, i
     // Lanes behind the last row take part in the shuffles, with a row of nothing.
     const bool real = first + lane / kLanes < rows;
     const int64_t row = real ? first + lane / kLanes : rows - 1;
-    const int columns = real ? int(call.columns) : 0;
+    const bool formed = is_formed<Real>(call, row);
+    if (__all_sync(kAll, formed)) continue;
+    const int columns = real && !formed ? int(call.columns) : 0;
     const auto view = HeadRow<Stored>::of(call, row);
     const int begin = lane % kLanes * kWidth - view.past;
     Real z[kVectors][kWidth];
@@ -197,6 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_blocks(const HeadCall call, 
     const int64_t begin = int64_t(threadIdx.x) * kWidth - view.past;
     Real z[kVectors][kWidth];
     if (!call.value) {
+      if (is_formed<Real>(call, row)) continue;
       const int64_t at = begin + item % parts * kChunk;
       load_vectors(view.z, at, kStep, call.columns, -Math::infinity(), z);
       const auto slope = HeadSlope<Math>::saved(call, row);
@@ -268,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 4) binary_rows(const HeadCall call, 
   for (int64_t first = blockIdx.x * groups; first < rows; first += gridDim.x * groups) {
     const bool real = first + thread / lanes < rows;
     const int64_t row = real ? first + thread / lanes : rows - 1;
-    const int64_t columns = real ? call.columns : 0;
+    const int64_t columns = real && !is_formed<Real>(call, row) ? call.columns : 0;
     const auto view = HeadRow<Stored>::of(call, row);
     const LabelRow labels = LabelRow::of<kWidth>(call, row, view.past);
     const Real classes = Real(call.columns < 1 ? 1 : call.columns);

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bar_heads import HEADS, compare, labels, random, value_and_gradient
+from bar_heads import HEADS, MARGIN, compare, labels, random, value_and_gradient
 from layouts import FLOATS
 from oracle import assert_two_sided, like
 from torch import Tensor
 
 import oodkern
 from oodkern import reference
+from oodkern.ops import heads
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Rows in the registers of 8 lanes, of 32 and of a block, and longer ones; one element more or less.
@@ -25,7 +26,7 @@ def launch_every_kernel(through: Callable = lambda function: function) -> None:
     for function, _, _ in HEADS.values():
         for shape in ((3, 5), (2, 1000), (1, 9000)):
             z, upstream = torch.zeros(shape), torch.ones(shape[:-1])
-            for foreseen in (upstream, -upstream):
+            for foreseen in (upstream, -upstream, None):
                 value_and_gradient(through(function), z, upstream, upstream=foreseen)
 
 
@@ -110,6 +111,53 @@ class HeadsBar:
             upstream = like(torch.empty(shape[0]))
             first = value_and_gradient(function, z, upstream)
             assert all(map(torch.equal, value_and_gradient(function, z, upstream), first))
+
+
+@pytest.mark.parametrize("head", HEADS)
+class MendingBar:
+    """Gradients that were formed for a foreseen upstream: rows of another one are formed anew, where they are."""
+
+    @staticmethod
+    def through(function: Callable) -> Callable:
+        return function
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(heads, "would_wait", lambda tensor: True)
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_other_rows_are_left_alone(self, head: str, dtype: torch.dtype) -> None:
+        def mended(z: Tensor, gradient: Tensor, grad: Tensor, foreseen: Tensor) -> tuple[Tensor, Tensor]:
+            name, target = head.replace(" ", "_"), labels(z) if head == "bce" else None
+            _, rows, _ = heads.raw("native", "head", name, z, target, MARGIN, None)
+            heads.raw("native", "head_mend", name, gradient, grad, foreseen, z, target, MARGIN, rows)
+            return gradient, heads.raw("native", "head_backward", name, grad, z, target, MARGIN, rows)
+
+        for shape in ((40, 3), (9, 40), (9, 257), (9, 1000), (5, 9000)):
+            z = random(shape, dtype)
+            foreseen = like(torch.empty(shape[0], dtype=torch.promote_types(dtype, torch.float32)))
+            other = torch.arange(shape[0]) % 4 == 1
+            eps = torch.finfo(foreseen.dtype).eps
+            grad = torch.where(other, foreseen * (1 + 6 * eps), foreseen * (1 + eps))
+            marked = torch.full(shape, 7.0, dtype=dtype)
+            gradient, expected = self.through(mended)(z, marked, grad, foreseen)
+            assert torch.equal(gradient[other], expected[other])
+            assert (gradient[~other] == 7).all()
+            grad[other] = torch.nan
+            gradient, _ = self.through(mended)(z, marked, grad, foreseen)
+            assert gradient[other].isnan().all()
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_a_backward_pass_looks_at_no_number(self, head: str, dtype: torch.dtype) -> None:
+        function = self.through(HEADS[head][0])
+        for shape in ((24, 50), (3, 1500)):
+            z = random(shape, dtype)
+            told = like(torch.empty(shape[0], dtype=torch.promote_types(dtype, torch.float32)))
+            for factor in (1.0, 4.0, 1.5):
+                grad = told.clone()
+                grad[1:] *= factor
+                expected = value_and_gradient(function, z, grad)
+                assert all(map(torch.equal, value_and_gradient(function, z, grad, upstream=told), expected))
 
 
 class LabelsBar:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bar_heads import HEADS, compare, random, value_and_gradient
 from emulate import ORDERS
-from heads_cases import HeadsBar, LabelsBar
+from heads_cases import HeadsBar, LabelsBar, MendingBar
 from layouts import FLOATS
 from oracle import like
 
@@ -16,6 +16,10 @@ pytestmark = pytest.mark.usefixtures("emulated")
 
 
 class TestEmulatedHeads(HeadsBar):
+    pass
+
+
+class TestEmulatedMending(MendingBar):
     pass
 
 

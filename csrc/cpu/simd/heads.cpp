@@ -40,6 +40,13 @@ OODKERN_INLINE const Real* read_target(const HeadCall& call, int64_t row, int64_
   return buffer;
 }
 
+// Whether a row of a gradient that is mended is left as it is.
+template <class Real>
+OODKERN_INLINE bool is_formed(const HeadCall& call, int64_t row) {
+  return call.foreseen && is_foreseen(static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride],
+                                      static_cast<const Real*>(call.foreseen)[row * call.foreseen_stride]);
+}
+
 // grad_logits <- scale p - shift over a row.
 template <class Math, class Stored>
 OODKERN_INLINE void slope(const HeadCall& call, int64_t row, Softmax<Math> softmax, typename Math::Real scale,
@@ -114,6 +121,7 @@ template <class Math, class Stored>
 void backward(const HeadCall& call, int64_t begin, int64_t end) {
   using Real = typename Math::Real;
   for (int64_t row = begin; row < end; ++row) {
+    if (is_formed<Real>(call, row)) continue;
     const Real* rows = static_cast<const Real*>(call.rows) + 3 * row;
     const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
     const Real shift = call.head == Head::kUniform ? upstream / Real(call.columns) : Real(0);
@@ -131,6 +139,7 @@ void binary(const HeadCall& call, int64_t begin, int64_t end) {
   alignas(64) Real e[kBlock];
   alignas(64) Real grad_buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
+    if (is_formed<Real>(call, row)) continue;
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
     Stored* grad_row = call.grad_logits ? static_cast<Stored*>(call.grad_logits) + row * call.columns : nullptr;
     const Real* upstream = static_cast<const Real*>(call.grad_value);
