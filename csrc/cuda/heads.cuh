@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 4) binary_rows(const HeadCall call, 
   using Real = typename Math::Real;
   using Entropy = BinaryEntropy<Math>;
   constexpr int kWidth = Vector<Stored>::kWidth;
-  OODKERN_SHARED(Real, sums, kWarps);
+  OODKERN_SHARED(double, sums, kWarps);
   const int thread = int(threadIdx.x), lane = thread % lanes;
   const int64_t groups = kThreads / lanes;
   for (int64_t first = blockIdx.x * groups; first < rows; first += gridDim.x * groups) {
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 4) binary_rows(const HeadCall call, 
     if (call.grad_logits) {
       scale = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride] / classes;
     }
-    Real sum = 0;
+    double sum = 0;  // of parts that may be many: a long row's loss is no logarithm, which would forgive it
     for (int64_t at = int64_t(lane) * kWidth - view.past; at < columns; at += kWidth * lanes) {
       Real z[1][kWidth], y[kWidth], part = 0;
       load_vectors(view.z, at, int64_t(0), columns, -Math::infinity(), z);
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 4) binary_rows(const HeadCall call, 
         y[i] = scale * Entropy::slope(z[0][i], y[i], e);
       }
       if (view.grad) store_elements(view.grad, at, columns, view.alike, y);
-      sum += part;
+      sum += double(part);
     }
     if (!call.value) continue;
     for (int bits = (lanes < 32 ? lanes : 32) / 2; bits > 0; bits /= 2) sum += __shfl_xor_sync(kAll, sum, bits);
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 4) binary_rows(const HeadCall call, 
       for (int i = 0; i < kWarps; ++i) sum += sums.load(i);
       __syncthreads();  // before the next row's sums are written over these
     }
-    if (real && lane == 0) static_cast<Real*>(call.value)[row] = sum / classes;
+    if (real && lane == 0) static_cast<Real*>(call.value)[row] = Real(sum / double(classes));
   }
 }
 
