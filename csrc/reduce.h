@@ -102,14 +102,6 @@ struct SoftplusSum {
   }
 };
 
-// Whether an upstream is what was foreseen, up to a rounding on each side, such as that of weight / N.
-template <class Real>
-OODKERN_HOST_DEVICE bool is_foreseen(Real upstream, Real foreseen) {
-  constexpr Real kRoundings = sizeof(Real) == 8 ? Real(0x1p-51) : Real(0x1p-22);
-  const Real off = upstream - foreseen, allowed = kRoundings * (foreseen < Real(0) ? -foreseen : foreseen);
-  return off <= allowed && -off <= allowed;
-}
-
 // softplus(z) - y z of a logit and its label y in [0, 1], given e = exp(-|z|): max(z, 0) - y z is |z| times 1 - y or y,
 // so that labels of 0 and 1 leave nothing to cancel, in the value or in the slope sigmoid(z) - y, and an infinite logit
 // on its label's side counts 0.
@@ -130,6 +122,14 @@ struct BinaryEntropy {
     return ((Real(1) - y) * above - y * below) / (Real(1) + e);
   }
 };
+
+// Whether an upstream is what was foreseen, up to a rounding on each side, such as that of weight / N.
+template <class Real>
+OODKERN_HOST_DEVICE bool is_foreseen(Real upstream, Real foreseen) {
+  constexpr Real kRoundings = sizeof(Real) == 8 ? Real(0x1p-51) : Real(0x1p-22);
+  const Real off = upstream - foreseen, allowed = kRoundings * (foreseen < Real(0) ? -foreseen : foreseen);
+  return off <= allowed && -off <= allowed;
+}
 
 // sum_k |z_k|; the slope at 0 is 0.
 template <class Math>

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -7,8 +8,6 @@ import shutil
 import pytest
 from emulate import LIBRARY, compile_rooms
 from emulated import EmulatedOps
-
-from oodkern.ops import _autograd, heads
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +31,5 @@ def rooms(programs):
 def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
-    monkeypatch.setattr(_autograd, "_raw", rooms.raw)
-    monkeypatch.setattr(heads, "raw", lambda _backend, *arguments: rooms.raw(*arguments))
+    rooms.take_over(functools.partial(monkeypatch.setattr, raising=False))
     return rooms

@@ -8,12 +8,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 from emulated import EmulatedOps  # noqa: E402
 from kernel_cases import launch_every_kernel  # noqa: E402
 
-from oodkern.ops import _autograd, heads  # noqa: E402
-
 if __name__ == "__main__":
     rooms = EmulatedOps(Path(sys.argv[1]))
-    _autograd._raw = rooms.raw
-    heads.raw = lambda _backend, *arguments: rooms.raw(*arguments)
+    rooms.take_over(setattr)
     for order in range(3):
         rooms.order = order
         launch_every_kernel()
