@@ -5,6 +5,10 @@
 #include "../rows.h"
 #include "math.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace oodkern::OODKERN_ISA {
 
 // 1,024 floats: 4 KiB, so a block, its cotangent and their widened copies share a 32 KiB cache.
@@ -39,6 +43,30 @@ OODKERN_INLINE void narrow(const Real* buffer, int64_t size, Stored* block) {
 #pragma omp simd
   for (int64_t k = 0; k < size; ++k) store(block + k, buffer[k]);
 }
+
+#if defined(__AVX512F__)
+// One instruction each where load and store take a dozen, which is what float16 rows wait for. (With all lanes named:
+// GCC 12 warns of uninitialised lanes in its own header otherwise.)
+constexpr __mmask16 kAllLanes = 0xffff;
+OODKERN_INLINE const float* widen(const Float16* block, int64_t size, float* buffer) {
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + k));
+    _mm512_storeu_ps(buffer + k, _mm512_maskz_cvtph_ps(kAllLanes, halves));
+  }
+  for (; k < size; ++k) buffer[k] = load(block[k]);
+  return buffer;
+}
+OODKERN_INLINE void narrow(const float* buffer, int64_t size, Float16* block) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  int64_t k = 0;
+  for (; k + 16 <= size; k += 16) {
+    const __m256i halves = _mm512_maskz_cvtps_ph(kAllLanes, _mm512_loadu_ps(buffer + k), kNearest);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(block + k), halves);
+  }
+  for (; k < size; ++k) store(block + k, buffer[k]);
+}
+#endif
 
 // A block of a row as Real, whatever its storage: two tensors of different storages cost a
 // branch a block, and no code of their own.
@@ -79,6 +107,39 @@ OODKERN_INLINE typename Reducer::State reduce_block(const Reducer& reducer, cons
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < size; ++k) sum += reducer.add(load(z[k]), pivot);
   return {pivot, sum};
+}
+
+// Memory of one thread for as long as it works on rows. (Not a std::vector: see math.h on inline functions.)
+template <class Real>
+struct Scratch {
+  Real* data;
+  explicit Scratch(int64_t size) : data(new Real[size]) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { delete[] data; }
+};
+
+// The same of a block that is widened already, for LogSumExp: its exponentials stay in `kept`, whose slopes need no
+// others. exp((z_k - M) / T) of the row's maximum M is kept_k exp((m - M) / T) of the block's maximum m.
+template <class Math>
+OODKERN_INLINE typename LogSumExp<Math>::State keep_block(const LogSumExp<Math>& reducer, const typename Math::Real* z,
+                                                          int64_t size, typename Math::Real* kept) {
+  using Real = typename Math::Real;
+  Real pivot = LogSumExp<Math>::init().maximum;
+#pragma omp simd reduction(max : pivot)
+  for (int64_t k = 0; k < size; ++k) pivot = LogSumExp<Math>::pivot(z[k], pivot);
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < size; ++k) {
+    kept[k] = reducer.add(z[k], pivot);
+    sum += kept[k];
+  }
+  return {pivot, sum};
+}
+// What makes shares of a block's kept exponentials.
+template <class Math>
+OODKERN_INLINE typename Math::Real share_of(const LogSumExp<Math>& reducer, typename Math::Real pivot,
+                                            Softmax<Math> softmax) {
+  return reducer.add(LogSumExp<Math>::finite(pivot), softmax.maximum) * softmax.reciprocal;
 }
 
 }  // namespace oodkern::OODKERN_ISA

@@ -14,6 +14,9 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
   const Divergence<Math> divergence{call.temperature};
   alignas(64) Real s_buffer[kBlock];
   alignas(64) Real t_buffer[kBlock];
+  // Of one row: the exponentials of both, and the largest logits of each block.
+  const Scratch<Real> kept(2 * call.columns), pivots(2 * (call.columns / kBlock + 1));
+  Real *s_kept = kept.data, *t_kept = s_kept + call.columns;
   for (int64_t row = begin; row < end; ++row) {
     const void* student = row_at(call.student, call.student_storage, row * call.student_stride);
     const void* teacher = row_at(call.teacher, call.teacher_storage, row * call.teacher_stride);
@@ -23,8 +26,11 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
       const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
       s = read(call.student_storage, student, at, size, s_buffer);
       t = read(call.teacher_storage, teacher, at, size, t_buffer);
-      s_state = reducer.merge(s_state, reduce_block(reducer, s, size));
-      t_state = reducer.merge(t_state, reduce_block(reducer, t, size));
+      const auto s_block = keep_block(reducer, s, size, s_kept + at),
+                 t_block = keep_block(reducer, t, size, t_kept + at);
+      pivots.data[2 * (at / kBlock)] = s_block.maximum, pivots.data[2 * (at / kBlock) + 1] = t_block.maximum;
+      s_state = reducer.merge(s_state, s_block);
+      t_state = reducer.merge(t_state, t_block);
     }
     auto of_student = Softmax<Math>::of(s_state), of_teacher = Softmax<Math>::of(t_state);
     if (t_state.sum == 0) of_student.reciprocal = 0;
@@ -39,11 +45,12 @@ void forward(const DistillCall& call, int64_t begin, int64_t end) {
         s = read(call.student_storage, student, at, size, s_buffer);
         t = read(call.teacher_storage, teacher, at, size, t_buffer);
       }
+      const Real s_share = share_of(reducer, pivots.data[2 * (at / kBlock)], of_student);
+      const Real t_share = share_of(reducer, pivots.data[2 * (at / kBlock) + 1], of_teacher);
       Real part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t k = 0; k < size; ++k) {
-        const Real p = of_teacher.probability(t[k], divergence.scale),
-                   q = of_student.probability(s[k], divergence.scale);
+        const Real p = t_kept[at + k] * t_share, q = s_kept[at + k] * s_share;
         part += Divergence<Math>::term(p, q, divergence.log_ratio(t[k], s[k], of_teacher, of_student, log_sums));
       }
       total += part;

@@ -75,6 +75,8 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
   const Reducer reducer{1.0};
   const double classes = call.columns < 1 ? 1.0 : double(call.columns);
   alignas(64) Real z_buffer[kBlock];
+  // Of one row: its exponentials, and the largest logit of each block.
+  const Scratch<Real> kept(call.grad_logits ? call.columns : 0), pivots(call.columns / kBlock + 1);
   for (int64_t row = begin; row < end; ++row) {
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
     auto state = Reducer::init();
@@ -82,7 +84,9 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t size = block_size(call, at);
       const Real* z = widen(z_row + at, size, z_buffer);
-      const auto block = reduce_block(reducer, z, size);
+      const auto block =
+          call.grad_logits ? keep_block(reducer, z, size, kept.data + at) : reduce_block(reducer, z, size);
+      if (call.grad_logits) pivots.data[at / kBlock] = block.maximum;
       state = reducer.merge(state, block);
       if (call.head == Head::kUniform) {
         const Real pivot = Reducer::finite(block.maximum);
@@ -112,7 +116,16 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
     if (call.grad_logits) {
       const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
       const Real shift = call.head == Head::kUniform ? upstream / Real(classes) : Real(0);
-      slope<Math, Stored>(call, row, softmax, upstream * rows[2], shift);
+      Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
+      for (int64_t at = 0; at < call.columns; at += kBlock) {
+        const int64_t size = block_size(call, at);
+        const Real share = upstream * rows[2] * share_of(reducer, pivots.data[at / kBlock], softmax);
+        const Real* e = kept.data + at;
+        Real* grad = target(grad_row + at, z_buffer);
+#pragma omp simd
+        for (int64_t k = 0; k < size; ++k) grad[k] = share * e[k] - shift;
+        narrow(grad, size, grad_row + at);
+      }
     }
   }
 }
