@@ -118,8 +118,8 @@ struct Scratch {
   ~Scratch() { delete[] data; }
 };
 
-// The same of a block that is widened already, for LogSumExp: its exponentials stay in `kept`, whose slopes need no
-// others. exp((z_k - M) / T) of the row's maximum M is kept_k exp((m - M) / T) of the block's maximum m.
+// The same of a block that is widened already, for LogSumExp: its exponentials stay in `kept`, and the shares are made
+// of them. exp((z_k - M) / T) of the row's maximum M is kept_k exp((m - M) / T) of the block's maximum m.
 template <class Math>
 OODKERN_INLINE typename LogSumExp<Math>::State keep_block(const LogSumExp<Math>& reducer, const typename Math::Real* z,
                                                           int64_t size, typename Math::Real* kept) {

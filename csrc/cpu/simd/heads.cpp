@@ -47,25 +47,19 @@ OODKERN_INLINE bool is_formed(const HeadCall& call, int64_t row) {
                                       static_cast<const Real*>(call.foreseen)[row * call.foreseen_stride]);
 }
 
-// grad_logits <- scale p - shift over a row.
-template <class Math, class Stored>
-OODKERN_INLINE void slope(const HeadCall& call, int64_t row, Softmax<Math> softmax, typename Math::Real scale,
-                          typename Math::Real shift) {
-  using Real = typename Math::Real;
-  constexpr Real kScale = Real(1.4426950408889634);
-  alignas(64) Real z_buffer[kBlock];
-  alignas(64) Real grad_buffer[kBlock];
-  const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
-  Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
-  for (int64_t at = 0; at < call.columns; at += kBlock) {
-    const int64_t size = block_size(call, at);
-    const Real* z = widen(z_row + at, size, z_buffer);
-    Real* grad = target(grad_row + at, grad_buffer);
-#pragma omp simd
-    for (int64_t k = 0; k < size; ++k) grad[k] = scale * softmax.probability(z[k], kScale) - shift;
-    narrow(grad, size, grad_row + at);
+// What turns a row's exponentials exp(z_k - maximum) into its gradient, upstream (scale p_k - 1 / K for the uniform
+// head, scale p_k for the others): the same numbers whether they were kept or are formed anew.
+template <class Real>
+struct Slope {
+  Real share, shift;
+
+  OODKERN_INLINE Slope(const HeadCall& call, int64_t row, const Real* rows) {
+    const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
+    share = upstream * rows[2] * rows[1];
+    shift = call.head == Head::kUniform ? upstream / Real(call.columns < 1 ? 1 : call.columns) : Real(0);
   }
-}
+  OODKERN_INLINE Real operator()(Real e) const { return share * e - shift; }
+};
 
 // The heads of a softmax.
 template <class Math, class Stored>
@@ -74,34 +68,38 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
   using Reducer = LogSumExp<Math>;
   const Reducer reducer{1.0};
   const double classes = call.columns < 1 ? 1.0 : double(call.columns);
-  alignas(64) Real z_buffer[kBlock];
-  // Of one row: its exponentials, and the largest logit of each block.
-  const Scratch<Real> kept(call.grad_logits ? call.columns : 0), pivots(call.columns / kBlock + 1);
+  alignas(64) Real grad_buffer[kBlock];
+  const Scratch<Real> kept(call.columns);  // a row's logits as Real, then its exponentials
   for (int64_t row = begin; row < end; ++row) {
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
-    auto state = Reducer::init();
-    double linear = 0;  // sum of z
+    const Real* z = widen(z_row, call.columns, kept.data);
+    Real maximum = Reducer::init().maximum;
+#pragma omp simd reduction(max : maximum)
+    for (int64_t k = 0; k < call.columns; ++k) maximum = Reducer::pivot(z[k], maximum);
+    typename Reducer::State state{maximum, 0};
+    const Real pivot = Reducer::finite(maximum);
+    double linear = 0;  // sum of z - pivot
     for (int64_t at = 0; at < call.columns; at += kBlock) {
-      const int64_t size = block_size(call, at);
-      const Real* z = widen(z_row + at, size, z_buffer);
-      const auto block =
-          call.grad_logits ? keep_block(reducer, z, size, kept.data + at) : reduce_block(reducer, z, size);
-      if (call.grad_logits) pivots.data[at / kBlock] = block.maximum;
-      state = reducer.merge(state, block);
+      const int64_t end_of_block = at + block_size(call, at);
+      Real part = 0, sum = 0;
       if (call.head == Head::kUniform) {
-        const Real pivot = Reducer::finite(block.maximum);
-        Real part = 0;
 #pragma omp simd reduction(+ : part)
-        for (int64_t k = 0; k < size; ++k) part += z[k] - pivot;
-        linear += double(part) + double(size) * double(pivot);
+        for (int64_t k = at; k < end_of_block; ++k) part += z[k] - pivot;
       }
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = at; k < end_of_block; ++k) {
+        kept.data[k] = reducer.add(z[k], pivot);
+        sum += kept.data[k];
+      }
+      linear += double(part);
+      state.sum += sum;
     }
     const auto softmax = Softmax<Math>::of(state);
     const bool none = state.sum == 0;  // a row of all -inf has E = +inf and slope 0
     const double log_sum = none ? 0.0 : double(Math::log(state.sum));
     double value, scale = 1;
     if (call.head == Head::kUniform) {
-      value = log_sum + (double(softmax.maximum) - linear / classes);
+      value = log_sum - linear / classes;
     } else {
       const double energy = none ? double(Math::infinity()) : -(double(softmax.maximum) + log_sum);
       const double sign = call.head == Head::kEnergyIn ? 1.0 : -1.0;
@@ -113,19 +111,16 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
     static_cast<Real*>(call.value)[row] = Real(value);
     Real* rows = static_cast<Real*>(call.rows) + 3 * row;
     rows[0] = softmax.maximum, rows[1] = softmax.reciprocal, rows[2] = Real(scale);
-    if (call.grad_logits) {
-      const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
-      const Real shift = call.head == Head::kUniform ? upstream / Real(classes) : Real(0);
-      Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
-      for (int64_t at = 0; at < call.columns; at += kBlock) {
-        const int64_t size = block_size(call, at);
-        const Real share = upstream * rows[2] * share_of(reducer, pivots.data[at / kBlock], softmax);
-        const Real* e = kept.data + at;
-        Real* grad = target(grad_row + at, z_buffer);
+    if (!call.grad_logits) continue;
+    const Slope<Real> slope(call, row, rows);
+    Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
+    for (int64_t at = 0; at < call.columns; at += kBlock) {
+      const int64_t size = block_size(call, at);
+      const Real* e = kept.data + at;
+      Real* grad = target(grad_row + at, grad_buffer);
 #pragma omp simd
-        for (int64_t k = 0; k < size; ++k) grad[k] = share * e[k] - shift;
-        narrow(grad, size, grad_row + at);
-      }
+      for (int64_t k = 0; k < size; ++k) grad[k] = slope(e[k]);
+      narrow(grad, size, grad_row + at);
     }
   }
 }
@@ -133,12 +128,23 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
 template <class Math, class Stored>
 void backward(const HeadCall& call, int64_t begin, int64_t end) {
   using Real = typename Math::Real;
+  const LogSumExp<Math> reducer{1.0};
+  alignas(64) Real z_buffer[kBlock];
+  alignas(64) Real grad_buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     if (is_formed<Real>(call, row)) continue;
     const Real* rows = static_cast<const Real*>(call.rows) + 3 * row;
-    const Real upstream = static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride];
-    const Real shift = call.head == Head::kUniform ? upstream / Real(call.columns) : Real(0);
-    slope<Math, Stored>(call, row, {rows[0], rows[1]}, upstream * rows[2], shift);
+    const Slope<Real> slope(call, row, rows);
+    const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
+    Stored* grad_row = static_cast<Stored*>(call.grad_logits) + row * call.columns;
+    for (int64_t at = 0; at < call.columns; at += kBlock) {
+      const int64_t size = block_size(call, at);
+      const Real* z = widen(z_row + at, size, z_buffer);
+      Real* grad = target(grad_row + at, grad_buffer);
+#pragma omp simd
+      for (int64_t k = 0; k < size; ++k) grad[k] = slope(reducer.add(z[k], rows[0]));
+      narrow(grad, size, grad_row + at);
+    }
   }
 }
 
