@@ -114,10 +114,7 @@ class TestWithoutLooking:
             with Passes() as passes:
                 ours = gradient_of(function, z, grad, upstream=told)
             assert passes.count == 0
-            anew = gradient_of(function, z, grad)
-            assert torch.equal(ours[changed], anew[changed])
-            eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(ours, anew, rtol=2 * eps + 2e-6, atol=float(anew.abs().max()) * 4e-7)
+            assert torch.equal(ours, gradient_of(function, z, grad))
 
     def test_other_rows_are_left_alone(self, function):
         z, told = random((9, 50)), like(torch.empty(9))
