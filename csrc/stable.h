@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -36,6 +38,14 @@ inline Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 // A gradient's memory, or a tensor without elements where it was not asked for.
 inline Tensor gradient_of(const Tensor& tensor, bool asked) {
   return empty_of(tensor, asked ? sizes_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
+}
+
+// PyTorch's own sort of one dimension, ascending and stable: the sorted numbers, and where they came from.
+inline std::tuple<Tensor, Tensor> sorted(const Tensor& tensor) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(tensor), from(std::optional<bool>(true)), from(int64_t(-1)), from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 // Scores and norms are float32 for every input dtype but float64.

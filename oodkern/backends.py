@@ -21,7 +21,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "heads": {"cpu": ("native",), "cuda": ("native",)},
     "club": {"cpu": ("native",), "cuda": ()},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ()},
-    "extremes": {"cpu": ("native",), "cuda": ()},
+    "extremes": {"cpu": ("native",), "cuda": ("native",)},
     "distill": {"cpu": ("native",), "cuda": ()},
     "select": {"cpu": ("native", "triton"), "cuda": ("triton",)},
 }

@@ -2,7 +2,7 @@
 // result.
 #include <algorithm>
 
-#include "../check.h"
+#include "../select.h"
 
 namespace oodkern {
 namespace {
@@ -56,48 +56,35 @@ class Heaps {
 };
 
 template <class Real>
-void find_extremes(const Real* scores, const int64_t* cluster, int64_t N, int64_t clusters, int64_t per_side,
-                   int64_t* lowest, int64_t* highest) {
-  Heaps<Real> low(scores, Real(-1), clusters, per_side, lowest), high(scores, Real(1), clusters, per_side, highest);
-  for (int64_t i = 0; i < N; ++i) {
+void find_extremes(const Real* scores, const ExtremesCall& call) {
+  Heaps<Real> low(scores, Real(-1), call.clusters, call.per_side, call.lowest);
+  Heaps<Real> high(scores, Real(1), call.clusters, call.per_side, call.highest);
+  for (int64_t i = 0; i < call.N; ++i) {
     if (scores[i] != scores[i]) continue;
-    low.offer(i, cluster[i]);
-    high.offer(i, cluster[i]);
+    low.offer(i, call.cluster[i]);
+    high.offer(i, call.cluster[i]);
   }
   low.finish();
   high.finish();
 }
 
-std::tuple<Tensor, Tensor> cluster_extremes(const Tensor& score, const Tensor& cluster, int64_t clusters,
-                                            int64_t per_side) {
-  const ScalarType dtype = score.scalar_type();
-  STD_TORCH_CHECK(score.dim() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                  "score: expected [N] float64 or float32");
-  STD_TORCH_CHECK(sizes_of(cluster) == sizes_of(score) && cluster.scalar_type() == ScalarType::Long,
-                  "cluster: expected one int64 a score");
-  STD_TORCH_CHECK(clusters >= 0, "clusters: expected 0 or more, got ", clusters);
-  STD_TORCH_CHECK(per_side >= 1, "per_side: expected 1 or more, got ", per_side);
-  const Tensor scores = torch::stable::contiguous(score), labels = torch::stable::contiguous(cluster);
-  const int64_t N = score.size(0);
-  const int64_t* of = static_cast<const int64_t*>(labels.const_data_ptr());
-  for (int64_t i = 0; i < N; ++i) {
-    STD_TORCH_CHECK(of[i] >= 0 && of[i] < clusters, "cluster: expected 0..", clusters - 1, ", got ", of[i]);
+struct CpuExtremes {
+  static void find(const ExtremesCall& call, const Tensor&) {
+    for (int64_t i = 0; i < call.N; ++i) {
+      STD_TORCH_CHECK(call.cluster[i] >= 0 && call.cluster[i] < call.clusters, "cluster: expected 0..",
+                      call.clusters - 1, ", got ", call.cluster[i]);
+    }
+    if (call.storage == Storage::kFloat64) {
+      find_extremes(static_cast<const double*>(call.scores), call);
+    } else {
+      find_extremes(static_cast<const float*>(call.scores), call);
+    }
   }
-  Tensor lowest = empty_of(score, {clusters, per_side}, ScalarType::Long);
-  Tensor highest = empty_of(score, {clusters, per_side}, ScalarType::Long);
-  int64_t* low = static_cast<int64_t*>(lowest.mutable_data_ptr());
-  int64_t* high = static_cast<int64_t*>(highest.mutable_data_ptr());
-  if (dtype == ScalarType::Double) {
-    find_extremes(static_cast<const double*>(scores.const_data_ptr()), of, N, clusters, per_side, low, high);
-  } else {
-    find_extremes(static_cast<const float*>(scores.const_data_ptr()), of, N, clusters, per_side, low, high);
-  }
-  return {lowest, highest};
-}
+};
 
 }  // namespace
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
-  m.impl("cluster_extremes", TORCH_BOX(&oodkern::cluster_extremes));
+  m.impl("cluster_extremes", TORCH_BOX(&oodkern::cluster_extremes<oodkern::CpuExtremes>));
 }

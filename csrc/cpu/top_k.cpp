@@ -1,18 +1,16 @@
 // Room `select` on the CPU: the k best of a stream of scores. A score is compared with the k-th best that is known, and
 // few pass: about k log(n / k) of n. Those are kept, and are cut back to the k best when twice as many are there.
-#include <algorithm>
 #include <cmath>
 #include <mutex>
 
-#include "../check.h"
+#include "../select.h"
 #include "dispatch.h"
 
 namespace oodkern {
 namespace {
 
-constexpr int64_t kBlock = 4096;     // scores between which the threshold may rise
-constexpr int64_t kGrain = 16;       // blocks that are worth a thread
-constexpr int64_t kLeastSpare = 64;  // candidates beyond k, at least
+constexpr int64_t kBlock = 4096;  // scores between which the threshold may rise
+constexpr int64_t kGrain = 16;    // blocks that are worth a thread
 
 // A large key = sign * score is better, then a low index: an order without ties, so that the k best are the same in
 // whatever order they come.
@@ -24,10 +22,6 @@ struct Candidate {
 template <class Real>
 bool better(const Candidate<Real>& a, const Candidate<Real>& b) {
   return a.key > b.key || (a.key == b.key && a.index < b.index);
-}
-
-int64_t capacity_of(int64_t k) {
-  return k + std::max(k, kLeastSpare);
 }
 
 // The k best come first, the worst of them last; returns how many are left. Cutting k of 2 k costs O(k).
@@ -122,37 +116,29 @@ void update(SurvivorCall call, int64_t count, int64_t offset, Store<Real> store)
   if (!store.state[1] && store.state[0] >= store.k) store.reduce();
 }
 
-void top_k_update(const Tensor& scores, int64_t offset, int64_t k, bool largest, const Tensor& values,
-                  const Tensor& indices, const Tensor& state) {
-  STD_TORCH_CHECK(scores.dim() == 1 && is_floating(scores), "scores: expected [n] of a floating dtype");
-  STD_TORCH_CHECK(k >= 1, "k: expected 1 or more, got ", k);
-  const std::vector<int64_t> capacity{capacity_of(k)};
-  STD_TORCH_CHECK(sizes_of(values) == capacity && values.scalar_type() == score_dtype(scores) && values.stride(0) == 1,
-                  "values: expected ", capacity[0], " numbers in the dtype of scores");
-  STD_TORCH_CHECK(sizes_of(indices) == capacity && indices.scalar_type() == ScalarType::Long && indices.stride(0) == 1,
-                  "indices: expected ", capacity[0], " int64");
-  STD_TORCH_CHECK(
-      state.numel() == 3 && state.scalar_type() == ScalarType::Long && state.dim() == 1 && state.stride(0) == 1,
-      "state: expected three int64");
-  int64_t* counts = static_cast<int64_t*>(state.mutable_data_ptr());
-  STD_TORCH_CHECK(counts[0] >= 0 && counts[0] < capacity[0] && (!counts[1] || counts[0] >= k),
-                  "state: expected what an update left");
-  const Tensor dense = torch::stable::contiguous(scores);
-  const double sign = largest ? 1.0 : -1.0;
-  const SurvivorCall call{storage_of(scores), dense.const_data_ptr(), sign, 0.0, false};
-  int64_t* places = static_cast<int64_t*>(indices.mutable_data_ptr());
-  if (call.storage == Storage::kFloat64) {
-    update<double>(call, scores.size(0), offset,
-                   {static_cast<double*>(values.mutable_data_ptr()), places, counts, k, sign});
-  } else {
-    update<float>(call, scores.size(0), offset,
-                  {static_cast<float*>(values.mutable_data_ptr()), places, counts, k, float(sign)});
+struct CpuTopK {
+  static void update(const TopKCall& call, const Tensor&) {
+    STD_TORCH_CHECK(
+        call.state[0] >= 0 && call.state[0] < capacity_of(call.k) && (!call.state[1] || call.state[0] >= call.k),
+        "state: expected what an update left");
+    if (call.storage == Storage::kFloat64) {
+      take_in<double>(call);
+    } else {
+      take_in<float>(call);
+    }
   }
-}
+
+ private:
+  template <class Real>
+  static void take_in(const TopKCall& call) {
+    oodkern::update<Real>({call.storage, call.scores, call.sign, 0.0, false}, call.count, call.offset,
+                          {static_cast<Real*>(call.values), call.indices, call.state, call.k, Real(call.sign)});
+  }
+};
 
 }  // namespace
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
-  m.impl("top_k_update", TORCH_BOX(&oodkern::top_k_update));
+  m.impl("top_k_update", TORCH_BOX(&oodkern::top_k_update<oodkern::CpuTopK>));
 }

@@ -74,8 +74,10 @@ def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: in
         equal scores the lower index first; -1 where a cluster has fewer members. A cluster with fewer than
         2 per_side members has some of them on both sides. A NaN is no score: its sample is never among the extremes.
 
-    One pass and no sort: O(N log per_side). Not differentiable. Raises TypeError or ValueError for an argument of the
-    wrong kind or shape, or for a cluster out of range where that is seen without waiting for a device (on the CPU).
+    One pass and no sort: O(N log per_side) on the CPU; on a GPU a pass for each of per_side, or a sort where it is more
+    than 32 and scores are not float64. Not differentiable. Raises TypeError or ValueError for an argument of the wrong
+    kind or shape, or for a cluster out of range where that is seen without waiting for a device (on the CPU); the
+    kernels of a GPU pass over such a sample.
 
     Source: the sampling of GReg+, which takes the outliers of lowest and of highest energy from each cluster.
     """

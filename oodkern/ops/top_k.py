@@ -39,8 +39,10 @@ class TopK:
     the stream into chunks, every order of the chunks and every number of threads. A NaN is no score: it is never kept,
     and `nans` counts how many there were. Infinities are scores.
 
-    Memory: 2 k candidates (and as many for each thread while it scans). A chunk is read once; what is not better than
-    the k-th best so far costs a comparison. Not differentiable.
+    Memory: 2 k candidates (and as many for each thread while it scans; on a GPU as many again and those of a chunk, up
+    to 4,194,304). A chunk is read once; what is not better than the k-th best so far costs a comparison. On a GPU
+    `update` waits for nothing and can be captured in a CUDA graph; `result`, `nans` and `state_dict` wait for it. Not
+    differentiable.
 
     Attributes:
         seen: how many scores were given so far, NaN included.
@@ -121,7 +123,11 @@ class TopK:
         room, count = self.k + max(self.k, LEAST_SPARE), len(values)
         self._values, self._indices = values.new_empty(room), indices.new_empty(room)
         self._values[:count], self._indices[:count] = values, indices
-        self._state = torch.tensor([count, count == self.k, nans])
+        # Where the scores are; zeros and numbers that are filled in wait for no device.
+        self._state = values.new_zeros(3, dtype=torch.int64)
+        for place, number in enumerate((count, int(count == self.k), nans)):
+            if number:
+                self._state[place] = number
 
     def _update(self, scores: Tensor, offset: int) -> None:
         """With PyTorch alone."""

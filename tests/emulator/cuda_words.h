@@ -88,3 +88,7 @@ inline int __any_sync(uint32_t mask, int predicate, OODKERN_HERE) {
 inline int __all_sync(uint32_t mask, int predicate, OODKERN_HERE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
+
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}

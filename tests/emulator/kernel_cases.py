@@ -8,8 +8,9 @@ from pathlib import Path
 
 import energy_cases
 import heads_cases
+import select_cases
 
-ROOMS = (energy_cases, heads_cases)
+ROOMS = (energy_cases, heads_cases, select_cases)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:

@@ -25,7 +25,8 @@ struct Access {
 struct Word {
   bool written = false;
   Access writer;
-  std::vector<Access> readers;  // since it was written
+  std::vector<Access> readers;    // since it was written
+  std::vector<Access> atomics{};  // likewise: by atomic operations, which do not race with one another
 };
 
 template <class T>
@@ -45,22 +46,31 @@ class SharedArray {
     Word& word = at(i);
     if (!word.written) current->fail(place(i) + " is read before anything was written to it");
     if (!word.writer.is_ordered()) race(i, "is read", "wrote it", word.writer);
-    const Access access = Access::now();
-    const bool known = std::any_of(word.readers.begin(), word.readers.end(), [&](const Access& reader) {
-      return reader.thread == access.thread && reader.barriers == access.barriers && reader.epoch == access.epoch;
-    });
-    if (!known) word.readers.push_back(access);
+    check_ordered(word.atomics, i, "is read", "had an atomic operation on it");
+    note(word.readers);
     return words_->values[size_t(i)];
   }
 
   void store(int64_t i, T value) const {
     Word& word = at(i);
     if (word.written && !word.writer.is_ordered()) race(i, "is written", "wrote it", word.writer);
-    for (const Access& reader : word.readers) {
-      if (!reader.is_ordered()) race(i, "is written", "read it", reader);
-    }
+    check_ordered(word.readers, i, "is written", "read it");
+    check_ordered(word.atomics, i, "is written", "had an atomic operation on it");
     word = {true, Access::now(), {}};
     words_->values[size_t(i)] = value;
+  }
+
+  // An atomic operation, one that `changes` the value or a read beside such. Returns the value before.
+  template <class Change>
+  T atomically(int64_t i, bool changes, Change change) const {
+    Word& word = at(i);
+    if (!word.written) current->fail(place(i) + " is read before anything was written to it");
+    if (!word.writer.is_ordered()) race(i, "has an atomic operation on it", "wrote it", word.writer);
+    if (changes) check_ordered(word.readers, i, "has an atomic operation on it", "read it");
+    note(word.atomics);
+    const T before = words_->values[size_t(i)];
+    words_->values[size_t(i)] = change(before);
+    return before;
   }
 
  private:
@@ -73,6 +83,18 @@ class SharedArray {
     }
     return words_->words[size_t(i)];
   }
+  static void check_ordered(const std::vector<Access>& others, int64_t i, const char* now, const char* then) {
+    for (const Access& other : others) {
+      if (!other.is_ordered()) race(i, now, then, other);
+    }
+  }
+  static void note(std::vector<Access>& accesses) {
+    const Access access = Access::now();
+    const bool known = std::any_of(accesses.begin(), accesses.end(), [&](const Access& one) {
+      return one.thread == access.thread && one.barriers == access.barriers && one.epoch == access.epoch;
+    });
+    if (!known) accesses.push_back(access);
+  }
   static void race(int64_t i, const char* now, const char* then, const Access& other) {
     current->fail("race: " + place(i) + " " + now + " and thread " + std::to_string(other.thread) + " " + then +
                   ", with no barrier between");
@@ -84,6 +106,34 @@ SharedArray<T> shared_array(const void* declaration, size_t count) {
   std::shared_ptr<void>& slot = current->shared[declaration];
   if (!slot) slot = std::make_shared<SharedWords<T>>(count);
   return SharedArray<T>(static_cast<SharedWords<T>*>(slot.get()));
+}
+
+// Atomic operations on integers, in shared memory and in device memory (where nothing looks for races).
+template <class T>
+T relaxed(const SharedArray<T>& words, int64_t i) {
+  return words.atomically(i, false, [](T before) { return before; });
+}
+template <class T>
+void atomic_largest(const SharedArray<T>& words, int64_t i, T value) {
+  words.atomically(i, true, [=](T before) { return std::max(before, value); });
+}
+template <class T>
+T atomic_sum(const SharedArray<T>& words, int64_t i, T value) {
+  return words.atomically(i, true, [=](T before) { return T(before + value); });
+}
+template <class T>
+T relaxed(const T* address) {
+  return *address;
+}
+template <class T>
+void atomic_largest(T* address, T value) {
+  *address = std::max(*address, value);
+}
+template <class T>
+T atomic_sum(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
 }
 
 inline void check_alignment(const void* address, const char* what, size_t bytes = 16) {

@@ -1,7 +1,7 @@
 // Kernels with planted faults, and their correct twins: what the emulator has to catch, and what it must let pass.
 #include "program.h"
 
-#include "cuda/device.cuh"
+#include "cuda/atomics.cuh"
 
 using namespace oodkern::device;
 
@@ -116,6 +116,29 @@ __global__ void warp_words(float* out) {  // [kThreads]
   out[i] = float(wrong);
 }
 
+// Atomic operations on shared and on device memory: how many threads there are, and the last one's number. What is
+// left out or put in makes the faults.
+enum class Atomics { kCorrect, kBeforeTheStore, kReadAtOnce, kStoredAtOnce, kChangedAfterARead, kUnwritten };
+template <Atomics kFault>
+__global__ void atomics(float* out) {  // [kThreads]
+  OODKERN_SHARED(uint64_t, shared, 2);
+  unsigned* counter = reinterpret_cast<unsigned*>(out);
+  const int i = int(threadIdx.x);
+  if (i < 2 && kFault != Atomics::kUnwritten) shared.store(i, 0);
+  if (i == 0) *counter = 0;
+  if constexpr (kFault != Atomics::kBeforeTheStore) __syncthreads();
+  if constexpr (kFault == Atomics::kChangedAfterARead) out[i] = float(shared.load(0));
+  const uint64_t before = atomic_sum(shared, 0, uint64_t(1));
+  if (relaxed(shared, 1) < uint64_t(i)) atomic_largest(shared, 1, uint64_t(i));
+  if constexpr (kFault == Atomics::kStoredAtOnce) shared.store(0, 7);
+  const bool first = atomic_sum(counter, 2u) == 0;
+  if constexpr (kFault != Atomics::kReadAtOnce) __syncthreads();
+  const uint64_t count = shared.load(0), last = shared.load(1);
+  const bool as_many = relaxed(counter) == 2 * count && before < count && (!first || before == 0);
+  __syncthreads();
+  out[i] = as_many && last == kThreads - 1 ? float(count) : -1.0f;
+}
+
 // Depends on the order of the threads, through global memory.
 __global__ void first_comes(float* out) {  // [kThreads], poison at first
   const float before = out[0];
@@ -143,12 +166,18 @@ const Case kCases[] = {
     {"load shifted by 0", [](float* out, const float* in) { go(shifted_load<0>, out, in); }},
     {"vectors", [](float* out, const float* in) { go(vectors<0>, out, in); }},
     {"warp words", [](float* out, const float*) { go(warp_words, out); }},
+    {"atomics", [](float* out, const float*) { go(atomics<Atomics::kCorrect>, out); }},
     {"first comes", [](float* out, const float*) { go(first_comes, out); }},
     {"missing barrier", [](float* out, const float*) { go(neighbours<false>, out); }},
     {"shuffle as a barrier", [](float* out, const float*) { go(lanes<Between::kShuffle>, out); }},
     {"barrier of half a warp", [](float* out, const float*) { go(lanes<Between::kHalfSyncwarp>, out); }},
     {"written again", [](float* out, const float*) { go(written_again, out); }},
     {"unwritten", [](float* out, const float*) { go(unwritten, out); }},
+    {"atomic before the store", [](float* out, const float*) { go(atomics<Atomics::kBeforeTheStore>, out); }},
+    {"atomic read at once", [](float* out, const float*) { go(atomics<Atomics::kReadAtOnce>, out); }},
+    {"atomic stored at once", [](float* out, const float*) { go(atomics<Atomics::kStoredAtOnce>, out); }},
+    {"atomic after a read", [](float* out, const float*) { go(atomics<Atomics::kChangedAfterARead>, out); }},
+    {"atomic on nothing", [](float* out, const float*) { go(atomics<Atomics::kUnwritten>, out); }},
     {"outside shared memory", [](float* out, const float*) { go(outside_shared, out); }},
     {"store behind the end", [](float* out, const float*) { go(shifted<4 * kThreads - kThreads + 1>, out); }},
     {"store before the beginning", [](float* out, const float*) { go(shifted<-1>, out); }},

@@ -16,14 +16,21 @@ CORRECT = {
     "shifted by 0": lambda i: i * 0 + 1,
     "load shifted by 0": lambda i: i,
     "warp words": lambda i: i * 0,
+    "atomics": lambda i: i * 0 + THREADS,
 }
 OUTSIDE = {"store behind the end": "1536 bytes", "store before the beginning": "-4 bytes"}
+BESIDE_AN_ATOMIC = r"race: shared word \d (is|has) .*atomic operation on it.*, with no barrier between"
 # What is planted, and what the emulator says of it.
 FAULTS = {
     "missing barrier": r"race: shared word \d+ is|read before anything was written",
     "shuffle as a barrier": r"race: shared word \d+ is|read before anything was written",
     "barrier of half a warp": r"race: shared word \d+ is|read before anything was written",
     "written again": r"race: shared word \d+ is (read|written) and thread \d+ (wrote|read) it, with no barrier between",
+    "atomic before the store": rf"{BESIDE_AN_ATOMIC}|read before anything was written",
+    "atomic read at once": BESIDE_AN_ATOMIC,
+    "atomic stored at once": BESIDE_AN_ATOMIC,
+    "atomic after a read": BESIDE_AN_ATOMIC,
+    "atomic on nothing": r"thread \d+: shared word 0 is read before anything was written to it",
     "unwritten": "thread 0: shared word 0 is read before anything was written to it",
     "outside shared memory": "thread 95: shared word 96 is outside an array of 96",
     "barrier of some": r"diverge: 46 \(first 50\) have exited; 50 \(first 0\) wait at __syncthreads of planted.cpp:\d+",
