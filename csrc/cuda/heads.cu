@@ -1,7 +1,7 @@
 // Room `heads` on a GPU: losses of given logits whose slopes are known with their values.
 #include "../heads.h"
 
-#include "heads.cuh"
+#include "binary_head.cuh"
 #include "host.h"
 #include "row_launch.h"
 
