@@ -42,9 +42,8 @@ struct ClubColumns {
   const void* mean;
 };
 
-// Dense [N, D] in the storage of the call, or null where not asked for; `columns` is D, `scale` the upstream over N.
+// Dense [N, D] in the storage of the call, or null where not asked for; `columns` is D.
 struct ClubGradients {
-  double scale;
   int64_t columns;
   void* mean;
   void* log_variance;
@@ -54,7 +53,8 @@ struct ClubGradients {
 struct ClubEngine {
   void (*totals)(const ClubCall&, const ClubPart&, double* sums);  // [D] of the target
   void (*sums)(const ClubCall&, const ClubPart&, const void* center, const ClubSums&);
-  void (*gradients)(const ClubCall&, const ClubPart&, const ClubColumns&, const ClubGradients&);
+  // `scale` is the upstream over N.
+  void (*gradients)(const ClubCall&, const ClubPart&, const ClubColumns&, double scale, const ClubGradients&);
 };
 
 }  // namespace oodkern

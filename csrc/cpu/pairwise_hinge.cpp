@@ -11,7 +11,7 @@
 #include <limits>
 #include <mutex>
 
-#include "../check.h"
+#include "../pairwise_hinge.h"
 #include "dispatch.h"
 
 namespace oodkern {
@@ -157,28 +157,23 @@ void hinge_of_pairs(const Real* id, int64_t N, const Real* ood, int64_t M, doubl
   std::fill_n(ood_slope, M, Real(NAN));
 }
 
-std::tuple<Tensor, Tensor, Tensor> pairwise_hinge(const Tensor& id_score, const Tensor& ood_score, double margin) {
-  const ScalarType dtype = id_score.scalar_type();
-  STD_TORCH_CHECK(id_score.dim() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                  "id_score: expected [N] float64 or float32");
-  STD_TORCH_CHECK(ood_score.dim() == 1 && ood_score.scalar_type() == dtype,
-                  "ood_score: expected [M] in the dtype of id_score");
-  const int64_t N = id_score.size(0), M = ood_score.size(0);
-  STD_TORCH_CHECK(std::min(N, M) < int64_t(1) << 30, "id_score: expected one of both to have fewer than 2^30 scores");
-  const Tensor id = torch::stable::contiguous(id_score), ood = torch::stable::contiguous(ood_score);
-  Tensor value = empty_of(id, {}, dtype), id_slope = empty_of(id, {N}, dtype), ood_slope = empty_of(id, {M}, dtype);
-  const auto run = [&]<class Real>() {
-    hinge_of_pairs(static_cast<const Real*>(id.const_data_ptr()), N, static_cast<const Real*>(ood.const_data_ptr()), M,
-                   margin, static_cast<Real*>(value.mutable_data_ptr()),
-                   static_cast<Real*>(id_slope.mutable_data_ptr()), static_cast<Real*>(ood_slope.mutable_data_ptr()));
-  };
-  dtype == ScalarType::Double ? run.template operator()<double>() : run.template operator()<float>();
-  return {value, id_slope, ood_slope};
-}
+struct CpuHinge {
+  static void check(int64_t N, int64_t M) {
+    STD_TORCH_CHECK(std::min(N, M) < int64_t(1) << 30, "id_score: expected one of both to have fewer than 2^30 scores");
+  }
+  static void run(const Tensor&, const Tensor&, const HingePairs& pairs) {
+    const auto of = [&]<class Real>() {
+      hinge_of_pairs(static_cast<const Real*>(pairs.id), pairs.N, static_cast<const Real*>(pairs.ood), pairs.M,
+                     pairs.margin, static_cast<Real*>(pairs.value), static_cast<Real*>(pairs.id_slope),
+                     static_cast<Real*>(pairs.ood_slope));
+    };
+    pairs.wide ? of.template operator()<double>() : of.template operator()<float>();
+  }
+};
 
 }  // namespace
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
-  m.impl("pairwise_hinge", TORCH_BOX(&oodkern::pairwise_hinge));
+  OODKERN_PAIRWISE_HINGE_OPS(m, oodkern::CpuHinge);
 }

@@ -1,12 +1,11 @@
 // The training heads on a GPU: a row's loss and its slope from one read of its logits.
 //
-//   heads of a softmax   head_lanes    K <= 1,024: a row in the registers of 8 or 32 lanes
-//                        head_blocks   longer: a block a row (where only slopes are asked for, a chunk of one). It
-//                        holds
-//                                      the chunk that it read last, 8,192 columns (float64: 4,096); what a longer row
-//                                      has before that it reads again, last first, while it is still in L2
-//   binary               binary_rows   (binary_head.cuh) the slope in a logit takes no other: any K, by 8 lanes, by 32
-//   or by a block
+//   head_lanes    K <= 1,024: a row in the registers of 8 or 32 lanes
+//   head_blocks   longer: a block a row (where only slopes are asked for, a chunk of one). It holds the chunk that it
+//                 read last, 8,192 columns (float64: 4,096); what a longer row has before that it reads again, last
+//                 first, while it is still in L2
+//
+// These are the heads of a softmax; binary_head.cuh has the other.
 //
 // Everything is added up in an order that is fixed by the shapes and the alignment.
 #pragma once

@@ -5,7 +5,7 @@ With x = ood + margin, k_j = #{i : id_i < x_j} and n_i = #{j : id_i < x_j}, both
     L = (1 / NM) sum_ij relu(x_j - id_i) = (1 / NM) (sum_j k_j (x_j - c) - sum_i n_i (id_i - c))   for any c
     dL/dood_j = k_j / NM          dL/did_i = -n_i / NM
 
-The counts are the slopes, and they are all that is kept for the backward pass.
+The counts are the slopes, and they are all that the backward pass reads.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
         is empty it is 0, with gradient 0.
 
     Differentiable, in both scores; gradients have their dtype. A pair at the hinge itself, ood - id + margin = 0, has
-    slope 0, as in torch.relu, so the second derivative is 0. The sign of a pair is that of ood + margin in
-    float64 against id. A NaN, or an infinity less itself, makes the loss NaN, and the kernels' gradients too;
-    an ood_score of +inf or an id_score of -inf makes the loss +inf and leaves the gradients what they are.
+    slope 0, as in torch.relu; the second derivative is 0 in the scores and exact in what the loss goes into. The sign
+    of a pair is that of ood + margin in float64 against id. A NaN, or an infinity less itself, makes the loss NaN, and
+    the kernels' gradients too; an ood_score of +inf or an id_score of -inf makes the loss +inf and leaves the
+    gradients what they are.
 
-    O((N + M) log min(N, M)) time and O(N + M) memory, where the smaller set has fewer than 2^30 scores. Raises
-    TypeError or ValueError for an argument of the wrong kind or shape.
+    O((N + M) log min(N, M)) time (on CUDA both sets are sorted) and O(N + M) memory, where the smaller set (on CUDA
+    each) has fewer than 2^30 scores. Raises TypeError or ValueError for an argument of the wrong kind or shape.
 
     Source: the gap loss of EDGE, where id_score are the samples of lowest JointEnergy in the batch.
     """
@@ -81,19 +82,42 @@ class PairwiseHinge(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, id_score, ood_score, _ = inputs
         _, id_slope, ood_slope = output
-        ctx.save_for_backward(id_slope, ood_slope)
+        ctx.save_for_backward(id_score, ood_score, id_slope, ood_slope)
         ctx.mark_non_differentiable(id_slope, ood_slope)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        id_slope, ood_slope = ctx.saved_tensors
         _, for_id, for_ood, _ = ctx.needs_input_grad
-        return None, grad * id_slope if for_id else None, grad * ood_slope if for_ood else None, None
+        id_score, ood_score, id_slope, ood_slope = ctx.saved_tensors
+        of_id = PairwiseHingeSlope.apply(grad, id_score, id_slope) if for_id else None
+        return None, of_id, PairwiseHingeSlope.apply(grad, ood_score, ood_slope) if for_ood else None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         return one_by_one(PairwiseHinge, info, in_dims, arguments)
+
+
+class PairwiseHingeSlope(torch.autograd.Function):
+    """grad * slope. Linear in the upstream; in the scores, which it is told for that alone, its derivative is 0."""
+
+    @staticmethod
+    def forward(grad: Tensor, score: Tensor, slope: Tensor) -> Tensor:
+        return grad * slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple:
+        (slope,) = ctx.saved_tensors
+        return (cotangent * slope).sum(), torch.zeros_like(slope) if ctx.needs_input_grad[1] else None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return one_by_one(PairwiseHingeSlope, info, in_dims, arguments)
 
 
 def _fake(id_score: Tensor, ood_score: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:

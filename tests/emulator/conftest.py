@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import shutil
 
 import pytest
 from emulate import LIBRARY, compile_rooms
-from emulated import EmulatedOps
+from emulated import EmulatedOps, Namespace
+from torch import ops
+
+from oodkern.ops import _autograd, _product
 
 
 @pytest.fixture(scope="session")
@@ -31,5 +33,7 @@ def rooms(programs):
 def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
-    rooms.take_over(functools.partial(monkeypatch.setattr, raising=False))
+    monkeypatch.setattr(_autograd, "_raw", rooms.raw)
+    monkeypatch.setattr(ops, Namespace.NAME, Namespace(rooms), raising=False)
+    monkeypatch.setitem(_product.NAMESPACES, "native", Namespace.NAME)
     return rooms

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodkern.ops import _autograd, _product
-
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)  # of tests/emulator/emulated_host.h
 
 
@@ -49,17 +47,9 @@ class EmulatedOps:
         words = torch.frombuffer((ctypes.c_uint8 * bytes_).from_address(address), dtype=tensor.dtype)
         return words.as_strided(tensor.shape, tensor.stride())
 
-    def take_over(self, replace: Callable[[Any, str, Any], object]) -> None:
-        """oodkern.ops calls these raw ops; `replace` is setattr, or one that can be undone."""
-        replace(_autograd, "_raw", self.raw)
-        replace(torch.ops, "oodkern_emulated", Names(self.call))
-        replace(_product, "NAMESPACES", _product.NAMESPACES | {"native": "oodkern_emulated"})
-
     def raw(self, name: str, *arguments: Any) -> Any:
-        return self.call(name, *[argument for argument in arguments if argument is not None])
-
-    def call(self, name: str, *arguments: Any) -> Any:
         op = getattr(torch.ops.oodkern, name).default
+        arguments = tuple(argument for argument in arguments if argument is not None)
         self.library.set_up(self.order, self.seed, self.multiprocessors, self.shared_bytes, self.offset)
         try:
             placed = []
@@ -86,14 +76,16 @@ class EmulatedOps:
         return set(self.library.launched_kernels().decode().split())
 
 
-class Names:
-    """call.name for call("name", ...), as torch.ops has it."""
+class Namespace:
+    """Stands for torch.ops.oodkern where raw ops are called by the name of their backend."""
 
-    def __init__(self, call: Callable) -> None:
-        self.call = call
+    NAME = "oodkern_in_the_emulator"
 
-    def __getattr__(self, name: str) -> Callable:
-        return functools.partial(self.call, name)
+    def __init__(self, rooms: EmulatedOps) -> None:
+        self._rooms = rooms
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(self._rooms.raw, name)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

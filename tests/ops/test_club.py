@@ -5,7 +5,8 @@ import torch
 from bar_product import ProductBar
 from bar_product_pytorch import ProductOp
 from layouts import FLOATS
-from oracle import assert_two_sided, in_float64, like, value_and_gradients
+from oracle import like, value_and_gradients
+from pairs import dense, judge_club, same
 
 import oodkern
 from oodkern import _native, reference
@@ -14,33 +15,9 @@ from oodkern import _native, reference
 SIZES = [(5, 3), (7, 33), (2, 1), (1030, 5), (65, 300), (514, 20), (33, 129)]
 
 
-def same(N, D, K=0):
-    return (N, D), (N, D), (N, D)
-
-
-def dense(mean, log_variance, target):
-    """The definition, with all pairs of rows, in float32 at least."""
-    mean, log_variance, target = (reference.widen(t) for t in (mean, log_variance, target))
-    pairs = (target[None] - mean[:, None]).square().mean(1)
-    return ((pairs - (target - mean).square()) / (2 * log_variance.exp())).sum(-1).mean()
-
-
 def as_usually_written(mean, log_variance, target):
     difference = target.square().mean(0) - target.square() + 2 * mean * (target - target.mean(0))
     return (difference / (2 * log_variance.exp())).sum(-1).mean()
-
-
-def terms(mean, log_variance, target):
-    """How large what is added up is, in float64: of the value, and of each number of the three gradients.
-
-    A mean of the target is a sum whose rounding scales with what is added up, and it is in each c.
-    """
-    n, w = max(len(target), 1), (-log_variance).exp()
-    c, m = target - target.mean(0), (mean - target.mean(0)).abs()
-    size = c.abs() + c.abs().mean(0)
-    each = (c.square().mean(0) + size * (2 * m + size)) * w / 2
-    of_target = (mean - target).abs() * w + w.mean(0) * size + (m * w).mean(0)
-    return each.sum() / n, size * w / n, each / n, of_target / n
 
 
 def raw_club(inputs):
@@ -73,13 +50,7 @@ class TestClub(ProductBar):
     test_logits_are_never_rounded = None  # cancels: judged by its terms
 
     def compare(self, inputs, order):
-        ours, eager = (value_and_gradients(function, inputs) for function in (oodkern.club, dense))
-        exact = in_float64(reference.club, inputs)
-        sizes = terms(*[tensor.double() for tensor in inputs])
-        upstream = like(ours[0]).double().abs()
-        assert_two_sided(ours[0], exact[0], eager[0], size=sizes[0])
-        for i in (1, 2, 3):
-            assert_two_sided(ours[i], exact[i], eager[i], f"gradient {i}", size=sizes[i] * upstream)
+        judge_club(inputs)
 
     @pytest.mark.parametrize("offset", [1e3, -3e4])
     def test_far_from_zero(self, dtype, offset):

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import FLOATS
 from oracle import allocations, in_float64, like, value_and_gradients
+from pairs import all_pairs, scores
+from pairs import judge_hinge as check
 
 import oodkern
 from oodkern import _native, reference
@@ -16,38 +18,6 @@ from oodkern import _native, reference
 # Either side the smaller one; powers of two and their neighbours, where the search has one step more; more than the
 # 64 searches that go side by side and the 4,096 scores of a chunk.
 SIZES = [(5, 3), (3, 5), (1, 1), (1, 70), (70, 1), (7, 65), (64, 9000), (9000, 63), (128, 127), (300, 257)]
-
-
-def all_pairs(id_score, ood_score, margin=0.0):
-    """The definition, in float32 at least."""
-    id_score, ood_score = reference.widen(id_score), reference.widen(ood_score)
-    return (ood_score[None] - id_score[:, None] + margin).relu().mean()
-
-
-def scores(N, M, dtype, seed=0, offset=0.0, scale=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, generator=generator, dtype=torch.float64) * scale + offset).to(dtype) for size in (N, M)]
-
-
-def check(pair, margin):
-    """Slopes are counts: exact, but for the rounding of one product; the value is a sum of differences."""
-    ours = value_and_gradients(lambda a, b: oodkern.pairwise_hinge(a, b, margin), pair)
-    exact = in_float64(lambda a, b: all_pairs(a, b, margin), pair)
-    dtype = pair[0].dtype
-    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    eps = torch.finfo(ours[0].dtype).eps
-    spread = 0.0
-    if dtype == torch.float64:  # what float64 leaves of the differences, however large the scores
-        together = torch.cat(pair).detach()
-        spread = 64 * eps * float(together.max() - together.min() + abs(margin))
-    assert (ours[0].double() - exact[0]).abs() <= 2 * eps * exact[0].abs() + spread
-    for a, b in zip(ours[1:], exact[1:], strict=True):
-        assert a.dtype == dtype
-        rounding = 3 * eps + (0.501 * torch.finfo(dtype).eps if torch.finfo(dtype).bits == 16 else 0.0)
-        if dtype == torch.float64:  # the oracle adds up as many numbers as a count says
-            rounding *= 1000
-        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-        assert ((a.double() - b).abs() <= rounding * b.abs() + smallest).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -156,14 +126,6 @@ def test_any_subset_requires_gradients():
         for leaf, gradient in zip(leaves, full[1:], strict=True):
             if leaf.requires_grad:
                 assert torch.equal(torch.autograd.grad(value, leaf, like(value), retain_graph=True)[0], gradient)
-
-
-def test_gradcheck_and_zero_curvature():
-    leaves = [tensor.requires_grad_() for tensor in scores(9, 12, torch.float64)]
-    assert torch.autograd.gradcheck(
-        lambda a, b: oodkern.pairwise_hinge(a, b, 0.3), leaves, check_batched_grad=True, eps=1e-7
-    )
-    assert torch.autograd.gradgradcheck(lambda a, b: oodkern.pairwise_hinge(a, b, 0.3).sin(), leaves)
 
 
 def test_opcheck():

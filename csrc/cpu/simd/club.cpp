@@ -71,7 +71,8 @@ void sums(const ClubCall& call, const ClubPart& part, const void* center_of, con
 }
 
 template <class Math, class Stored>
-void gradients(const ClubCall& call, const ClubPart& part, const ClubColumns& of, const ClubGradients& out) {
+void gradients(const ClubCall& call, const ClubPart& part, const ClubColumns& of, double upstream,
+               const ClubGradients& out) {
   using Real = typename Math::Real;
   const int64_t size = part.column_end - part.column;
   alignas(64) Real y_buffer[kClubColumns], mu_buffer[kClubColumns], w[kClubColumns], c[kClubColumns],
@@ -81,7 +82,7 @@ void gradients(const ClubCall& call, const ClubPart& part, const ClubColumns& of
   const Real* variance = static_cast<const Real*>(of.variance) + part.column;
   const Real* mean_w = static_cast<const Real*>(of.weight) + part.column;
   const Real* mean_mw = static_cast<const Real*>(of.mean) + part.column;
-  const Real scale = Real(out.scale);
+  const Real scale = Real(upstream);
   for (int64_t row = part.row; row < part.row_end; ++row) {
     const Real* y = widen(at<Stored>(call.target, call.target_stride, row, part.column), size, y_buffer);
     const Real* mu = widen(at<Stored>(call.mean, call.mean_stride, row, part.column), size, mu_buffer);
@@ -135,8 +136,9 @@ void run_totals(const ClubCall& call, const ClubPart& part, double* out) {
 void run_sums(const ClubCall& call, const ClubPart& part, const void* center, const ClubSums& out) {
   of_storage(call.storage, [&]<class Math, class Stored>() { sums<Math, Stored>(call, part, center, out); });
 }
-void run_gradients(const ClubCall& call, const ClubPart& part, const ClubColumns& of, const ClubGradients& out) {
-  of_storage(call.storage, [&]<class Math, class Stored>() { gradients<Math, Stored>(call, part, of, out); });
+void run_gradients(const ClubCall& call, const ClubPart& part, const ClubColumns& of, double scale,
+                   const ClubGradients& out) {
+  of_storage(call.storage, [&]<class Math, class Stored>() { gradients<Math, Stored>(call, part, of, scale, out); });
 }
 
 }  // namespace
