@@ -173,6 +173,14 @@ struct BinaryEntropy {
   }
 };
 
+// Whether an upstream is what was foreseen, up to a rounding on each side, such as that of weight / N.
+template <class Real>
+OODKERN_HOST_DEVICE bool is_foreseen(Real upstream, Real foreseen) {
+  constexpr Real kRoundings = sizeof(Real) == 8 ? Real(0x1p-51) : Real(0x1p-22);
+  const Real off = upstream - foreseen, allowed = kRoundings * (foreseen < Real(0) ? -foreseen : foreseen);
+  return off <= allowed && -off <= allowed;
+}
+
 // sum_k |z_k|; the slope at 0 is 0.
 template <class Math>
 struct AbsSum {

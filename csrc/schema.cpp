@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   // is there already, [..., 0] elsewhere.
   m.def("head(str head, Tensor logits, Tensor? target, float margin, Tensor? upstream) -> (Tensor, Tensor, Tensor)");
   m.def("head_backward(str head, Tensor grad, Tensor logits, Tensor? target, float margin, Tensor rows) -> Tensor");
+  // Forms anew the rows of a gradient whose upstream is not the foreseen one, to two roundings.
+  m.def(
+      "head_mend(str head, Tensor(a!) gradient, Tensor grad, Tensor foreseen, Tensor logits, Tensor? target, "
+      "float margin, Tensor rows) -> ()");
 
   // Room `norm`: the L2 norm of each row of x [..., K], where a row is a sample.
   m.def("sample_norm(Tensor x) -> Tensor");

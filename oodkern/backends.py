@@ -18,7 +18,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_energy": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "subspace": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "contrast": {"cpu": ("native", "triton"), "cuda": ("triton",)},
-    "heads": {"cpu": ("native",), "cuda": ()},
+    "heads": {"cpu": ("native",), "cuda": ("native",)},
     "club": {"cpu": ("native",), "cuda": ("native",)},
     "pairwise_hinge": {"cpu": ("native",), "cuda": ("native",)},
     "extremes": {"cpu": ("native",), "cuda": ("native",)},

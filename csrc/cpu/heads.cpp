@@ -1,135 +1,22 @@
 // Room `heads` on the CPU: losses of given logits whose slopes are known with their values.
-#include "heads.h"
+#include "../heads.h"
 
-#include <optional>
-#include <string>
-
-#include "../check.h"
 #include "dispatch.h"
 #include "pages.h"
 
 namespace oodkern {
 namespace {
 
-void run(const HeadCall& call, int64_t rows) {
-  over_rows(engines().heads, call, rows, 2 * call.columns);  // of twice the work
-}
-
-Head head_of(const std::string& name) {
-  if (name == "oe") return Head::kUniform;
-  if (name == "energy_in") return Head::kEnergyIn;
-  if (name == "energy_out") return Head::kEnergyOut;
-  STD_TORCH_CHECK(name == "bce", "head: expected oe, energy_in, energy_out or bce, got ", name);
-  return Head::kBinary;
-}
-
-Target target_of(const Tensor& target) {
-  switch (target.scalar_type()) {
-    case ScalarType::Double: return Target::kFloat64;
-    case ScalarType::Float: return Target::kFloat32;
-    case ScalarType::BFloat16: return Target::kBFloat16;
-    case ScalarType::Half: return Target::kFloat16;
-    case ScalarType::Bool:
-    case ScalarType::Byte: return Target::kUint8;
-    case ScalarType::Char: return Target::kInt8;
-    case ScalarType::Short: return Target::kInt16;
-    case ScalarType::Int: return Target::kInt32;
-    case ScalarType::Long: return Target::kInt64;
-    default: STD_TORCH_CHECK(false, "target: expected bool, integers or a floating dtype");
+struct CpuHeads {
+  static void run(const HeadCall& call, int64_t rows, const Tensor&) {
+    over_rows(engines().heads, call, rows, 2 * call.columns);  // of twice the work
   }
-  return Target::kFloat32;
-}
-
-// The tensors of a call, which own what it points to.
-struct Given {
-  Head head;
-  Rows logits;
-  std::optional<Rows> target;
+  static void prepare(void* data, int64_t bytes) { prefer_large_pages(data, bytes); }
 };
-
-Given given(const std::string& name, const Tensor& logits, const std::optional<Tensor>& target) {
-  check_logits(logits);
-  Given all{head_of(name), as_rows(logits), std::nullopt};
-  STD_TORCH_CHECK(target.has_value() == (all.head == Head::kBinary), "target: goes with head bce, and with no other");
-  if (target) {
-    STD_TORCH_CHECK(sizes_of(*target) == sizes_of(logits), "target: expected the shape of logits");
-    all.target = as_rows(*target);
-  }
-  return all;
-}
-
-HeadCall call_of(const Given& all, const Tensor& logits, double margin) {
-  HeadCall call{};
-  call.head = all.head;
-  call.storage = storage_of(logits);
-  call.margin = margin;
-  call.columns = all.logits.columns;
-  call.logits = all.logits.data();
-  call.logits_stride = all.logits.stride;
-  if (all.target) {
-    call.target_storage = target_of(all.target->tensor);
-    call.target = all.target->data();
-    call.target_stride = all.target->stride;
-  }
-  return call;
-}
-
-// [..., count] of logits [..., K].
-std::vector<int64_t> per_row(const Tensor& logits, int64_t count) {
-  std::vector<int64_t> sizes = sizes_of(logits);
-  sizes.back() = count;
-  return sizes;
-}
-
-void ask_for(HeadCall& call, const Column& upstream, Tensor& gradient) {
-  call.grad_value = upstream.data();
-  call.grad_value_stride = upstream.stride;
-  call.grad_logits = gradient.mutable_data_ptr();
-  prefer_large_pages(call.grad_logits, gradient.numel() * int64_t(gradient.element_size()));
-}
-
-std::tuple<Tensor, Tensor, Tensor> head(std::string name, const Tensor& logits, std::optional<Tensor> target,
-                                        double margin, std::optional<Tensor> upstream) {
-  const Given all = given(name, logits, target);
-  std::optional<Column> foreseen;
-  if (upstream) {
-    check_per_row(*upstream, "upstream", logits);
-    foreseen = as_column(*upstream);
-  }
-  std::vector<int64_t> sizes = sizes_of(logits);
-  sizes.pop_back();
-  Tensor value = empty_of(logits, sizes, score_dtype(logits));
-  Tensor rows = empty_of(logits, per_row(logits, all.target ? 0 : 3), score_dtype(logits));
-  Tensor gradient = empty_of(logits, per_row(logits, upstream ? all.logits.columns : 0), logits.scalar_type());
-  HeadCall call = call_of(all, logits, margin);
-  call.value = value.mutable_data_ptr();
-  call.rows = rows.mutable_data_ptr();
-  if (foreseen) ask_for(call, *foreseen, gradient);
-  if (all.logits.rows) run(call, all.logits.rows);
-  return {value, rows, gradient};
-}
-
-Tensor head_backward(std::string name, const Tensor& grad, const Tensor& logits, std::optional<Tensor> target,
-                     double margin, const Tensor& rows) {
-  const Given all = given(name, logits, target);
-  check_per_row(grad, "grad", logits);
-  STD_TORCH_CHECK(sizes_of(rows) == per_row(logits, all.target ? 0 : 3) && rows.scalar_type() == score_dtype(logits),
-                  "rows: expected what the head gave for these logits");
-  const Column upstream = as_column(grad);
-  const Tensor dense = torch::stable::contiguous(rows);
-  Tensor gradient = empty_of(logits, sizes_of(logits), logits.scalar_type());
-  if (gradient.numel() == 0) return gradient;
-  HeadCall call = call_of(all, logits, margin);
-  call.rows = const_cast<void*>(dense.const_data_ptr());
-  ask_for(call, upstream, gradient);
-  run(call, all.logits.rows);
-  return gradient;
-}
 
 }  // namespace
 }  // namespace oodkern
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
-  m.impl("head", TORCH_BOX(&oodkern::head));
-  m.impl("head_backward", TORCH_BOX(&oodkern::head_backward));
+  OODKERN_HEAD_OPS(m, oodkern::CpuHeads);
 }

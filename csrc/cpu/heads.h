@@ -34,6 +34,9 @@ struct HeadCall {
   const void* grad_value;  // [N] Real, elements grad_value_stride apart; null without grad_logits
   int64_t grad_value_stride;
   void* grad_logits;  // [N, K] dense, in the logits' storage; null where it is not asked for
+
+  const void* foreseen;  // [N] Real: what grad_logits is formed for, in a backward pass that mends it; null elsewhere
+  int64_t foreseen_stride;
 };
 
 // Rows [begin, end): value and rows, and grad_logits where it is there; grad_logits from rows in the backward pass.

@@ -140,6 +140,33 @@ void store_vector(Stored* address, const Vector<Stored>& vector) {
 }
 #endif
 
+// kBytes of plain data, a power of 2, in words of 16 bytes or, where they are fewer, in one.
+template <int kBytes>
+__device__ __forceinline__ void load_words(const void* address, void* out) {
+#if defined(__CUDACC__)
+  if constexpr (kBytes >= 16) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 word = __ldg(static_cast<const uint4*>(address) + i);
+      memcpy(static_cast<char*>(out) + 16 * i, &word, 16);
+    }
+  } else if constexpr (kBytes == 8) {
+    const uint2 word = __ldg(static_cast<const uint2*>(address));
+    memcpy(out, &word, 8);
+  } else if constexpr (kBytes == 4) {
+    const uint32_t word = __ldg(static_cast<const uint32_t*>(address));
+    memcpy(out, &word, 4);
+  } else {
+    static_assert(kBytes == 2);
+    const uint16_t word = __ldg(static_cast<const uint16_t*>(address));
+    memcpy(out, &word, 2);
+  }
+#else
+  emulator::check_alignment(address, "a load", kBytes < 16 ? kBytes : 16);
+  std::memcpy(out, address, kBytes);
+#endif
+}
+
 // The engine's side of reduce.h. A row's parts are few and of like size (a thread's, a warp's, a block's), so float32
 // adds them up without losing digits, unlike the CPU's one sum after another.
 struct Float {

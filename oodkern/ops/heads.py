@@ -11,7 +11,8 @@ Where logits require a gradient, that for the g that is foreseen (1, unless told
 cache. The backward pass compares: as foreseen, the gradient is handed out as it is. Otherwise it is multiplied in place
 (float32, float64), at the cost of a pass over it, or formed anew from the logits: of 16 bits it would be rounded a
 second time and, in float16, might have left the range. So 16-bit gradients wait for the backward pass unless a g is
-told. Under torch.compile and torch.func, where an upstream cannot be looked at, all do.
+told. Under torch.compile and torch.func, where an upstream cannot be looked at, all do. On a GPU all wait unless a g is
+told, and the comparison is the device's own: it forms anew the rows whose g is another, and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def oe_head(logits: Tensor, *, upstream: Tensor | float | None = None) -> Tensor
         holds -inf, whose gradient counts that logit's p as 0; NaN, and a row that holds +inf, give NaN in that row.
 
     Differentiable once, in `logits`; the gradient has their dtype, and is formed with the value where they require it
-    (of 16 bits with `upstream` alone; not under torch.compile, torch.func or saved-tensor hooks). Raises TypeError or
-    ValueError for an argument of the wrong kind or shape.
+    (of 16 bits, or on a GPU, with `upstream` alone; not under torch.compile, torch.func or saved-tensor hooks). Raises
+    TypeError or ValueError for an argument of the wrong kind or shape.
 
     Source: Hendrycks, Mazeika, Dietterich, Deep Anomaly Detection with Outlier Exposure, ICLR 2019.
     """
@@ -145,13 +146,18 @@ def _foreseen(value: Any, logits: Tensor) -> Tensor | None:
         return None
     if isinstance(value, Tensor):
         return value.detach()
-    if value is None and logits.dtype not in (torch.float64, torch.float32):
+    if value is None and (logits.dtype not in (torch.float64, torch.float32) or would_wait(logits)):
         return None
     return torch.full((), 1.0 if value is None else value, dtype=dtype, device=logits.device).expand(rows)
 
 
 def _apply(head: str, logits: Tensor, target: Tensor | None, margin: float, upstream: Tensor | None) -> Tensor:
     return Head.apply("native", head, logits, target, margin, upstream)[0]
+
+
+def would_wait(tensor: Tensor) -> bool:
+    """Whether looking at numbers waits for a device, which nothing may under a CUDA graph's capture."""
+    return tensor.is_cuda
 
 
 def _correction(grad: Tensor, foreseen: Tensor, dtype: torch.dtype) -> Tensor | float | None:
@@ -196,6 +202,9 @@ class Head(torch.autograd.Function):
         *saved, foreseen = ctx.saved_tensors
         formed, ctx.gradient = ctx.gradient, None
         if formed is not None and not torch.is_grad_enabled() and readable(grad):
+            if would_wait(grad):
+                raw(ctx.backend, "head_mend", ctx.head, formed, grad, foreseen, *saved[:2], ctx.margin, saved[2])
+                return None, None, formed, None, None, None
             correction = _correction(grad, foreseen, formed.dtype)
             if correction is not None:
                 if not isinstance(correction, float) or correction != 1.0:
@@ -245,3 +254,4 @@ def _fake_gradient(head: str, grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 register_fake("head", _fake_head)
 register_fake("head_backward", _fake_gradient)
+register_fake("head_mend", lambda *_: None)

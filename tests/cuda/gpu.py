@@ -17,7 +17,10 @@ def through_gpu(function: Callable) -> Callable:
             return tuple(to(device, one) for one in value)
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return lambda *arguments: to("cpu", function(*to("cuda", arguments)))
+    def moved(*arguments: Any, **named: Any) -> Any:
+        return to("cpu", function(*to("cuda", arguments), **{name: to("cuda", value) for name, value in named.items()}))
+
+    return moved
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

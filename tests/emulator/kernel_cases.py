@@ -9,14 +9,16 @@ from pathlib import Path
 import club_cases
 import distill_cases
 import energy_cases
+import heads_cases
 import norm_cases
 import pairwise_hinge_cases
 import select_cases
 import stream_cases
 
 ROOMS = (
-    energy_cases, norm_cases, distill_cases, club_cases, pairwise_hinge_cases, select_cases, stream_cases,
-)  # fmt: skip
+    *(energy_cases, norm_cases, distill_cases, heads_cases, club_cases, pairwise_hinge_cases, select_cases),
+    stream_cases,
+)
 
 
 def launch_every_kernel(through: Callable = lambda function: function) -> None:

@@ -151,9 +151,10 @@ T atomic_sum(T* address, T value) {
   return before;
 }
 
-inline void check_alignment(const void* address, const char* what) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) {
-    current->fail(std::string(what) + " of 16 bytes at an address that is no multiple of 16");
+inline void check_alignment(const void* address, const char* what, size_t bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) {
+    const std::string number = std::to_string(bytes);
+    current->fail(std::string(what) + " of " + number + " bytes at an address that is no multiple of " + number);
   }
 }
 

@@ -98,6 +98,51 @@ def test_where_an_upstream_cannot_be_looked_at(function):
     assert passes.count == 1
 
 
+class TestWithoutLooking:
+    """As on a GPU: a gradient is formed with its value where an upstream is told, and rows of another are mended."""
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(heads, "would_wait", lambda tensor: True)
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_rows_of_another_upstream_are_formed_anew(self, function, dtype):
+        z, told = random((24, 50), dtype), like(torch.empty(24, dtype=torch.promote_types(dtype, torch.float32)))
+        for changed in ([], [3], [5, 6, 23], list(range(24))):
+            grad = told.clone()
+            grad[changed] *= 1.5
+            with Passes() as passes:
+                ours = gradient_of(function, z, grad, upstream=told)
+            assert passes.count == 0
+            assert torch.equal(ours, gradient_of(function, z, grad))
+
+    def test_other_rows_are_left_alone(self, function):
+        z, told = random((9, 50)), like(torch.empty(9))
+        formed = []
+
+        def kept(backend, name, *arguments):
+            if name == "head_mend":
+                formed.append(arguments[1].fill_(7))
+            return before(backend, name, *arguments)
+
+        before, heads.raw = heads.raw, kept
+        try:
+            assert (gradient_of(function, z, told * (1 + 1e-7), upstream=told) == 7).all()
+            other = told.clone()
+            other[4] = torch.nan
+            gradient = gradient_of(function, z, other, upstream=told)
+        finally:
+            heads.raw = before
+        assert gradient[4].isnan().all()
+        assert (gradient[[0, 1, 2, 3, 5, 6, 7, 8]] == 7).all()
+        assert len(formed) == 2
+
+    def test_nothing_is_formed_unless_told(self, function):
+        leaf = random((64, 1000)).requires_grad_()
+        function(leaf)
+        assert sum(allocations(lambda: function(leaf))) < leaf.nbytes // 8
+
+
 def test_an_upstream_that_changes_is_noticed(function):
     leaf, told = random((9, 20)).requires_grad_(), torch.ones(9)
     value = function(leaf, upstream=told)

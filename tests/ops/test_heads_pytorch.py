@@ -117,6 +117,8 @@ def test_opcheck(head, dtype):
         for upstream in (None, like(value)):
             torch.library.opcheck(ops.head.default, (name, z, target, MARGIN, upstream))
         torch.library.opcheck(ops.head_backward.default, (name, like(value), z, target, MARGIN, rows))
+        mended = (name, torch.empty(z.shape, dtype=dtype), like(value), 2 * like(value), z, target, MARGIN, rows)
+        torch.library.opcheck(ops.head_mend.default, mended)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -220,6 +222,12 @@ def test_raw_ops_guard_their_memory():
         ops.head("oe", z, None, 0.0, torch.ones(3))
     with pytest.raises(RuntimeError, match="grad: expected one number per row"):
         ops.head_backward("oe", torch.ones(3), z, None, 0.0, torch.ones(4, 3))
+    gradient, one = torch.empty(4, 5), torch.ones(4)
+    for wrong in (gradient[:3], gradient.double(), torch.empty(5, 4).T):
+        with pytest.raises(RuntimeError, match="gradient: expected"):
+            ops.head_mend("oe", wrong, one, one, z, None, 0.0, torch.ones(4, 3))
+    with pytest.raises(RuntimeError, match="foreseen: expected one number per row"):
+        ops.head_mend("oe", gradient, one, one[:3], z, None, 0.0, torch.ones(4, 3))
     with pytest.raises(RuntimeError, match="rows: expected what the head gave"):
         ops.head_backward("oe", torch.ones(4), z, None, 0.0, torch.ones(4, 2))
 

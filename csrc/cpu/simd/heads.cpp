@@ -40,6 +40,13 @@ OODKERN_INLINE const Real* read_target(const HeadCall& call, int64_t row, int64_
   return buffer;
 }
 
+// Whether a row of a gradient that is mended is left as it is.
+template <class Real>
+OODKERN_INLINE bool is_formed(const HeadCall& call, int64_t row) {
+  return call.foreseen && is_foreseen(static_cast<const Real*>(call.grad_value)[row * call.grad_value_stride],
+                                      static_cast<const Real*>(call.foreseen)[row * call.foreseen_stride]);
+}
+
 // What turns a row's exponentials exp(z_k - maximum) into its gradient, upstream (scale p_k - 1 / K for the uniform
 // head, scale p_k for the others): the same numbers whether they were kept or are formed anew.
 template <class Real>
@@ -125,6 +132,7 @@ void backward(const HeadCall& call, int64_t begin, int64_t end) {
   alignas(64) Real z_buffer[kBlock];
   alignas(64) Real grad_buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
+    if (is_formed<Real>(call, row)) continue;
     const Real* rows = static_cast<const Real*>(call.rows) + 3 * row;
     const Slope<Real> slope(call, row, rows);
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
@@ -150,6 +158,7 @@ void binary(const HeadCall& call, int64_t begin, int64_t end) {
   alignas(64) Real e[kBlock];
   alignas(64) Real grad_buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
+    if (is_formed<Real>(call, row)) continue;
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
     Stored* grad_row = call.grad_logits ? static_cast<Stored*>(call.grad_logits) + row * call.columns : nullptr;
     const Real* upstream = static_cast<const Real*>(call.grad_value);
