@@ -48,10 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2) warp_rows(const RowCall call, con
     const int begin = lane % kLanes * kWidth - view.past;
 
     Real z[kVectors][kWidth];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      load_elements(view.z, begin + j * kLanes * kWidth, columns, true, Reducer::absent(), z[j]);
-    }
+    load_vectors(view.z, begin, kLanes * kWidth, columns, Reducer::absent(), z);
     if constexpr (kPass == Pass::kForward) {
       Real pivot = Reducer::init().maximum;
       if constexpr (Reducer::kPivot) {
@@ -149,15 +146,11 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_rows(const RowCall call, c
     const int64_t vectors = (call.columns + view.past + kWidth - 1) / kWidth;
     const int64_t share = (vectors + splits - 1) / splits;
     const int64_t end = split * share + share < vectors ? split * share + share : vectors;
+    const int64_t stop = end < vectors ? end * kWidth - view.past : call.columns;
     State state = start_of<kPass, Reducer>();
     for (int64_t at = split * share + thread; at < end; at += kThreads * kInFlight) {
       Real z[kInFlight][kWidth];
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        const int64_t vector = at + j * kThreads;
-        load_elements(view.z, vector * kWidth - view.past, vector < end ? call.columns : 0, true, Reducer::absent(),
-                      z[j]);
-      }
+      load_vectors(view.z, at * kWidth - view.past, int64_t(kThreads * kWidth), stop, Reducer::absent(), z);
       Real pivot = 0, sum = 0;
       if constexpr (kPass == Pass::kForward) {
         pivot = Reducer::init().maximum;
@@ -227,10 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     const int64_t begin = (part * kUnroll * kThreads + int(threadIdx.x)) * kWidth - view.past;
     Real z[kUnroll][kWidth];
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
-      load_elements(view.z, begin + j * kThreads * kWidth, call.columns, true, Reducer::absent(), z[j]);
-    }
+    load_vectors(view.z, begin, int64_t(kThreads * kWidth), call.columns, Reducer::absent(), z);
 #pragma unroll
     for (int j = 0; j < kUnroll; ++j) {
       const int64_t at = begin + j * kThreads * kWidth;
