@@ -6,7 +6,6 @@ import pytest
 import torch
 from gpu import randn, through_gpu
 from oracle import like
-from pairs import all_pairs
 from pairwise_hinge_cases import HingeCases
 
 import oodkern
@@ -40,40 +39,6 @@ def test_nan_of_either_sign():
             for pair in ((dirty, clean), (clean, dirty)):
                 for result in torch.ops.oodkern.pairwise_hinge(*pair, 0.0):
                     assert result.isnan().all()
-
-
-def test_cuda_graph():
-    """Captured and replayed on new scores: nothing waits for the device, nothing allocates outside PyTorch."""
-    for N, M in ((30, 50), (4096, 9000)):
-        pair, others = [randn(N), randn(M, seed=1)], [randn(N, seed=2), randn(M, seed=3)]
-        op = torch.ops.oodkern.pairwise_hinge
-        op(*pair, 0.5)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = op(*pair, 0.5)
-        for tensor, other in zip(pair, others, strict=True):
-            tensor.copy_(other)
-        graph.replay()
-        leaves = [tensor.double().requires_grad_() for tensor in others]
-        value = all_pairs(*leaves, 0.5)
-        exact = [value.detach(), *torch.autograd.grad(value, leaves)]
-        for a, b in zip(results, exact, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-12)
-
-
-def test_runs_on_the_current_stream():
-    stream = torch.cuda.Stream()
-    pair = [randn(3000), randn(5000, seed=1)]
-    expected = oodkern.pairwise_hinge(*pair)
-    copies = [torch.zeros_like(tensor) for tensor in pair]
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for copy, tensor in zip(copies, pair, strict=True):
-            copy.copy_(tensor)
-        value = oodkern.pairwise_hinge(*copies)
-    stream.synchronize()
-    assert torch.equal(value, expected)
 
 
 def test_other_devices_are_refused():

@@ -74,22 +74,6 @@ def test_cuda_graph():
         assert top.nans == int(scores.isnan().sum())
 
 
-def test_runs_on_the_current_stream():
-    stream = torch.cuda.Stream()
-    scores, cluster = torch.zeros(1000, device="cuda"), torch.zeros(1000, dtype=torch.int64, device="cuda")
-    top = oodkern.TopK(3)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        scores[500:] = 1.0
-        top.update(scores, 0)
-        found = oodkern.cluster_extremes(scores, cluster, 1)
-        indices = top.result().indices
-    stream.synchronize()
-    assert indices.tolist() == [500, 501, 502]
-    assert (found.lowest.tolist(), found.highest.tolist()) == ([[0]], [[500]])
-
-
 def test_other_devices_are_refused():
     scores, cluster = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="cluster: expected the device of score"):

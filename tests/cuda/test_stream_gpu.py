@@ -58,41 +58,6 @@ def test_a_few_million_rows():
     assert torch.equal(scores.energy, energy[-5:])
 
 
-@pytest.mark.parametrize("K", [10, 100, 192])
-def test_cuda_graph(K):
-    """Captured and replayed on new features: nothing waits for the device, nothing allocates outside PyTorch."""
-    x, w = randn(1000, 512, dtype=torch.bfloat16), randn(K, 512, dtype=torch.bfloat16, seed=1)
-    other = randn(1000, 512, dtype=torch.bfloat16, seed=5)
-    torch.ops.oodkern.linear_score("energy", x, w, None, 1.0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        energy = torch.ops.oodkern.linear_score("energy", x, w, None, 1.0)
-        aligned = torch.ops.oodkern.alignment(x, w)
-        inside, outside = torch.ops.oodkern.subspace_energy(x, w.T)
-        index, distance = torch.ops.oodkern.nearest_center(x, w)
-    x.copy_(other)
-    graph.replay()
-    assert torch.equal(energy, torch.ops.oodkern.linear_score("energy", other, w, None, 1.0))
-    assert torch.equal(aligned, torch.ops.oodkern.alignment(other, w))
-    assert torch.equal(outside, torch.ops.oodkern.subspace_energy(other, w.T)[1])
-    assert torch.equal(inside, torch.ops.oodkern.subspace_energy(other, w.T)[0])
-    assert torch.equal(distance, torch.ops.oodkern.nearest_center(other, w)[1])
-    assert torch.equal(index, torch.ops.oodkern.nearest_center(other, w)[0])
-
-
-def test_runs_on_the_current_stream():
-    stream = torch.cuda.Stream()
-    x, w = (torch.zeros(n, 64, dtype=torch.bfloat16, device="cuda") for n in (300, 5))
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        x.fill_(1.0)
-        w.fill_(0.5)
-        value = oodkern.linear_joint_energy(x, w)
-    stream.synchronize()
-    torch.testing.assert_close(value, torch.full((300,), 160.0, device="cuda"))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_begin_at_these_values(dtype):
     """Twice, by Triton's kernels; without a demand for a backend the same ops are taken."""
