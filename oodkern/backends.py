@@ -26,8 +26,8 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "select": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 
-# Rooms whose native CUDA kernels stream features past a few classes, forward alone: derivatives are Triton's, without
-# which these kernels serve where there are none.
+# Rooms whose native CUDA kernels stream features past a few classes, forward alone -> the backend that their
+# derivatives need, without which the kernels are not taken; None where there are no derivatives.
 STREAMS = {"linear_energy": "triton", "subspace": "triton", "select": None}
 STREAM_DTYPES = (torch.bfloat16, torch.float16)
 STREAM_CLASSES = 192

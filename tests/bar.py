@@ -36,8 +36,9 @@ class OpBar(PyTorchBar):
         oracle = in_float64(self.op.reference, inputs, order)
         eager = [tensor.nan_to_num(0.0) for tensor in value_and_gradients(self.op.eager, inputs, order)]
         assert len(ours) == len(oracle) == len(eager)
-        n, condition = len(inputs), self.op.condition(*[tensor.double() for tensor in inputs])
-        assert_two_sided(ours[0], oracle[0], eager[0])
+        wide = [tensor.double() for tensor in inputs]
+        n, condition = len(inputs), self.op.condition(*wide)
+        assert_two_sided(ours[0], oracle[0], eager[0], size=self.op.size(*wide))
         for i in range(1, n + 1):
             assert_two_sided(ours[i], oracle[i], eager[i], f"gradient {i}", rows=True, condition=condition)
         if order == 2:

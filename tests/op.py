@@ -19,6 +19,7 @@ class Op:
     shapes: shapes of the tensor inputs, one tuple a case.
     raw: the raw ops, each with a function that makes its arguments from one input.
     scale: standard deviation of random inputs.
+    size: of float64 inputs, the magnitude that roundings of the value scale with, where its terms cancel.
     condition: of float64 inputs, what a relative rounding error of the score's precision becomes in a row of the
         gradients.
     """
@@ -29,6 +30,7 @@ class Op:
     shapes: Sequence[tuple[tuple[int, ...], ...]]
     raw: Sequence[tuple[str, Callable[[Tensor], tuple]]] = field(default=())
     scale: float = 3.0
+    size: Callable[..., Tensor] = lambda *inputs: torch.zeros(())
     condition: Callable[..., Tensor] = lambda *inputs: torch.zeros(())
 
     def inputs(self, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:

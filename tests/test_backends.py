@@ -7,6 +7,7 @@ import oodkern
 from oodkern import backends, reference, triton_kernels
 from oodkern.backends import BACKENDS, KERNELS, available_backends, backend, choose_backend
 from oodkern.ops import _product
+from oodkern.ops._foreseen import can_foresee
 
 
 def test_choice_is_a_function_of_its_arguments():
@@ -15,6 +16,7 @@ def test_choice_is_a_function_of_its_arguments():
         assert choose_backend("energy", 100, 0, 10, dtype, "cpu", available=("reference",)) == "reference"
         assert choose_backend("energy", 100, 0, 10, dtype, "sm_90") == "native"
         assert choose_backend("energy", 100, 0, 10, dtype, "sm_90", available=("triton", "reference")) == "reference"
+        assert choose_backend("energy", 100, 0, 10, dtype, "sm_80") == "native"
         assert choose_backend("energy", 100, 0, 10, dtype, "sm_75") == "reference"  # older than what is compiled
         assert choose_backend("energy", 100, 0, 10, dtype, "mps") == "reference"
     assert choose_backend("energy", 100, 0, 10, torch.int64, "cpu") == "reference"
@@ -62,12 +64,23 @@ def test_derivatives_of_streams_are_tritons(monkeypatch, missing):
         ("oodkern", "alignment"),
         ("oodkern_triton", "alignment_backward"),
     ]
-    if missing:
-        with pytest.raises(RuntimeError, match="has no linear_score_backward on cuda, and Triton: Triton is not there"):
-            _product.raw("native", "linear_score_backward", "energy", x)
-    else:
-        _product.raw("native", "linear_score_backward", "energy", x)
-        assert called[-1] == ("oodkern_triton", "linear_score_backward")
+    rooms = ("linear_score", "alignment", "subspace_energy")
+    declared = {schema.name.partition("::") for schema in torch._C._jit_get_all_schemas()}
+    declared = {name for library, _, name in declared if library == "oodkern" and name.startswith(rooms)}
+    derivatives = {name for name in declared if name.endswith("backward")}
+    assert len(derivatives) == 5
+    for name in derivatives:
+        if missing:
+            with pytest.raises(RuntimeError, match=f"has no {name} on cuda, and Triton: Triton is not there"):
+                _product.raw("native", name, x)
+        else:
+            _product.raw("native", name, x)
+            assert called[-1] == ("oodkern_triton", name)
+
+
+def test_gradients_are_foreseen_on_the_cpu_alone():
+    for device, expected in (("cpu", True), ("meta", False)):
+        assert can_foresee("native", torch.empty(2, 2, device=device, requires_grad=True)) is expected
 
 
 def test_table_names_known_backends():

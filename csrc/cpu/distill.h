@@ -1,4 +1,4 @@
-// The CPU engine of distillation, seen from its caller: plain pointers and sizes, as in rows.h.
+// One call of distillation, as every device's engine takes it, and the CPU's: plain pointers and sizes, as in rows.h.
 #pragma once
 
 #include "rows.h"

@@ -1,4 +1,5 @@
-// The CPU engine of the training heads, seen from its caller: plain pointers and sizes, as in rows.h.
+// One call of the training heads, as every device's engine takes it, and the CPU's: plain pointers and sizes, as in
+// rows.h.
 #pragma once
 
 #include "rows.h"

@@ -1,5 +1,5 @@
-// The CPU row engine, seen from its callers: one call reduces, differentiates or differentiates
-// twice a range of rows. Plain pointers and sizes only, so that the engine's translation unit can be
+// One call of the row engine, as every device's takes it, and the CPU's engine: it reduces, differentiates or
+// differentiates twice a range of rows. Plain pointers and sizes only, so that the CPU engine's translation unit can be
 // compiled once per instruction set without sharing an inline function with any other.
 #pragma once
 

@@ -19,6 +19,10 @@
 
 namespace oodkern::device {
 
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAll = 0xffffffffu;  // lanes of a warp
+
 // Storage types: what lies in memory.
 struct BFloat16 {
   uint16_t bits;
@@ -62,11 +66,11 @@ __device__ __forceinline__ void narrow(float x, Float16* out) {
 #else
 #define OODKERN_SHARED(T, name, count)      \
   static const char name##_declaration = 0; \
-  const emulator::SharedArray<T> name = emulator::shared_array<T>(&name##_declaration, count)
+  const emulator::SharedArray<T> name = emulator::shared_array<T>(&name##_declaration, count, false)
 #define OODKERN_DYNAMIC_SHARED(T, name)     \
   static const char name##_declaration = 0; \
   const emulator::SharedArray<T> name =     \
-      emulator::shared_array<T>(&name##_declaration, emulator::current->dynamic_bytes / sizeof(T))
+      emulator::shared_array<T>(&name##_declaration, emulator::current->dynamic_bytes / sizeof(T), true)
 
 inline float widen(BFloat16 x) {
   return emulated::load(emulated::BFloat16{x.bits});

@@ -39,17 +39,47 @@ struct PairView {
   }
 };
 
-template <class Stored, class Real, int kChunk>
-__device__ __forceinline__ void load_chunk(const Stored* row, int at, int columns, bool aligned, Real (&out)[kChunk]) {
-  constexpr int kWidth = Vector<Stored>::kWidth;
+// Chunks at, at + step, ... of a row, -inf where it has none. All whole vectors of both rows are asked for before an
+// edge is looked at and before anything is widened (see load_vectors).
+template <class Stored, int kChunks, int kChunk>
+struct Chunks {
+  static constexpr int kWidth = Vector<Stored>::kWidth, kCount = kChunks * kChunk / kWidth;
+  const Stored* row;
+  int at, step, columns;
+  bool aligned;
+  Vector<Stored> vectors[kCount];
+
+  __device__ __forceinline__ int from(int j) const { return at + j * kWidth / kChunk * step + j * kWidth % kChunk; }
+  __device__ __forceinline__ bool whole(int j) const { return aligned && from(j) >= 0 && from(j) + kWidth <= columns; }
+  __device__ __forceinline__ void ask() {
+    Stored nothing;
+    narrow(std::conditional_t < sizeof(Stored) == 8, double, float > (-INFINITY), &nothing);
 #pragma unroll
-  for (int first = 0; first < kChunk; first += kWidth) {
-    Real part[kWidth];
-    load_elements(row, at + first, columns, aligned, -Real(INFINITY), part);
+    for (int j = 0; j < kCount; ++j) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) out[first + i] = part[i];
+      for (int i = 0; i < kWidth; ++i) vectors[j].elements[i] = nothing;
+      if (whole(j)) vectors[j] = load_vector(row + from(j));
+    }
   }
-}
+  template <class Real>
+  __device__ __forceinline__ void widen_to(Real (&out)[kChunks][kChunk]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (!whole(j) && from(j) < columns && from(j) + kWidth > 0) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          if (from(j) + i >= 0 && from(j) + i < columns) vectors[j].elements[i] = row[from(j) + i];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i)
+        out[j * kWidth / kChunk][j * kWidth % kChunk + i] = widen(vectors[j].elements[i]);
+    }
+  }
+};
 
 // The numbers of a group of lanes, each brought together with the others' of its place. A block's warps meet in
 // `words`.
@@ -114,11 +144,10 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCa
       const View view = View::of(call, row, part, kPart);
       at = view.begin + lane * kChunk;
       columns = view.columns;
-#pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
-        load_chunk(view.s, at + j * kLanes * kChunk, columns, view.s_alike, s[j]);
-        load_chunk(view.t, at + j * kLanes * kChunk, columns, view.t_alike, t[j]);
-      }
+      Chunks<Student, kChunks, kChunk> of_s{view.s, at, kLanes * kChunk, columns, view.s_alike, {}};
+      Chunks<Teacher, kChunks, kChunk> of_t{view.t, at, kLanes * kChunk, columns, view.t_alike, {}};
+      of_s.ask(), of_t.ask();
+      of_s.widen_to(s), of_t.widen_to(t);
     };
     const auto state_of = [&](const Real(&z)[kChunks][kChunk]) {
       auto state = LogSumExp<Math>::init();
@@ -151,16 +180,19 @@ __global__ void __launch_bounds__(kThreads, 2) distillation_rows(const DistillCa
     Shares<Math> shares{Softmax<Math>::of({maxima[0], sums[0]}), Softmax<Math>::of({maxima[1], sums[1]}), Real(0)};
     if (sums[1] == Real(0)) shares.student.reciprocal = Real(0);
     shares.log_sums = Divergence<Math>::log_sums(shares.teacher, shares.student);
-    Real total[1] = {Real(0)};
+    double terms = 0;  // of parts that may be many: there is no logarithm to forgive it
     for (int64_t part = parts - 1; part >= 0; --part) {
       if (part < parts - 1) load(part);
+      Real of_part = 0;
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
         if (at + j * kLanes * kChunk >= columns) continue;
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) total[0] += shares.of(divergence, s[j][i], t[j][i], Divergence<Math>::term);
+        for (int i = 0; i < kChunk; ++i) of_part += shares.of(divergence, s[j][i], t[j][i], Divergence<Math>::term);
       }
+      terms += double(of_part);
     }
+    Real total[1] = {Real(terms)};
     over_group<kLanes>(total, words, sum);
     if (real && lane == 0) {
       static_cast<Real*>(call.value)[row] = Real(call.temperature * call.temperature * double(total[0]));
@@ -189,11 +221,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int begin = view.begin + int(threadIdx.x) % kLanes * kChunk;
 
     Real s[kChunks][kChunk], t[kChunks][kChunk];
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      load_chunk(view.s, begin + j * kLanes * kChunk, view.columns, view.s_alike, s[j]);
-      load_chunk(view.t, begin + j * kLanes * kChunk, view.columns, view.t_alike, t[j]);
-    }
+    Chunks<Student, kChunks, kChunk> of_s{view.s, begin, kLanes * kChunk, view.columns, view.s_alike, {}};
+    Chunks<Teacher, kChunks, kChunk> of_t{view.t, begin, kLanes * kChunk, view.columns, view.t_alike, {}};
+    of_s.ask(), of_t.ask();
+    of_s.widen_to(s), of_t.widen_to(t);
     const Real* saved = static_cast<const Real*>(call.shares) + 4 * row;
     Shares<Math> shares{{saved[0], saved[1]}, {saved[2], saved[3]}, Real(0)};
     shares.log_sums = Divergence<Math>::log_sums(shares.teacher, shares.student);

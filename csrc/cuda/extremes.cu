@@ -15,7 +15,8 @@ struct CudaExtremes {
   static void find(const ExtremesCall& call, const Tensor& scores) {
     if (call.clusters == 0) return;
     const CudaStream stream(scores);
-    if (call.storage == Storage::kFloat32 && call.per_side > kMostRounds && call.clusters < INT32_MAX) {
+    if (call.storage == Storage::kFloat32 && call.per_side > kMostRounds && call.clusters < INT32_MAX &&
+        call.N < INT32_MAX) {
       return by_sorting(stream, call, scores);
     }
     const bool packed = call.storage == Storage::kFloat32 && call.N < kPackedScores;
@@ -29,7 +30,7 @@ struct CudaExtremes {
     const int64_t words = blocks_for(stream, call.clusters * call.per_side, 1);
     const int64_t blocks = blocks_for(stream, call.N, device::kScoresAtOnce);
     const auto launch = [&](const char* name, auto kernel, int64_t shared, auto... arguments) {
-      if (blocks > 0) stream.launch(name, kernel, blocks, device::kSelectThreads, shared, work, arguments...);
+      if (blocks > 0) stream.launch(name, kernel, blocks, device::kThreads, shared, work, arguments...);
     };
     const auto launch_wide = [&](auto* of, int64_t round) {
       using Real = std::remove_cvref_t<decltype(*of)>;
@@ -39,7 +40,7 @@ struct CudaExtremes {
     const float* floats = static_cast<const float*>(call.scores);
     for (int64_t round = 0; round < call.per_side; ++round) {
       if (round == 0 || !packed) {
-        stream.launch("clear_extremes", device::clear_extremes, words, device::kSelectThreads, 0, work, round);
+        stream.launch("clear_extremes", device::clear_extremes, words, device::kThreads, 0, work, round);
       }
       if (packed && call.clusters <= kSharedClusters) {
         const int64_t bytes = device::kSides * call.clusters * int64_t(sizeof(uint64_t));
@@ -52,12 +53,12 @@ struct CudaExtremes {
         launch_wide(floats, round);
       }
     }
-    stream.launch("finish_extremes", device::finish_extremes, words, device::kSelectThreads, 0, work);
+    stream.launch("finish_extremes", device::finish_extremes, words, device::kThreads, 0, work);
   }
 
  private:
   static int64_t blocks_for(const CudaStream& stream, int64_t items, int64_t of_a_thread) {
-    const int64_t each = device::kSelectThreads * of_a_thread;
+    const int64_t each = device::kThreads * of_a_thread;
     return std::min((items + each - 1) / each, kBlocksAtOnce * stream.multiprocessors());
   }
 
@@ -66,7 +67,7 @@ struct CudaExtremes {
     const Tensor words = empty_of(scores, {call.N}, ScalarType::Long);
     const auto launch = [&](const char* name, auto kernel, int64_t items, auto... arguments) {
       const int64_t blocks = blocks_for(stream, items, 1);
-      if (blocks > 0) stream.launch(name, kernel, blocks, device::kSelectThreads, 0, work, arguments...);
+      if (blocks > 0) stream.launch(name, kernel, blocks, device::kThreads, 0, work, arguments...);
     };
     for (int side = 0; side < device::kSides; ++side) {
       launch("words_to_sort", device::words_to_sort, call.N, static_cast<const float*>(call.scores),

@@ -24,8 +24,8 @@ struct Extremes {
 };
 
 // Words become 0; where wide, those of the bests of `round`, else of both sides.
-__global__ void __launch_bounds__(kSelectThreads) clear_extremes(const Extremes call, int64_t round) {
-  const int64_t step = int64_t(gridDim.x) * kSelectThreads, start = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x;
+__global__ void __launch_bounds__(kThreads) clear_extremes(const Extremes call, int64_t round) {
+  const int64_t step = int64_t(gridDim.x) * kThreads, start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (call.bests) {
     for (int64_t i = start; i < kSides * call.clusters; i += step)
       call.bests[round % 2 * kSides * call.clusters + i] = 0;
@@ -40,20 +40,20 @@ __global__ void __launch_bounds__(kSelectThreads) clear_extremes(const Extremes 
 // Calls take(i, score, cluster) for the scores that are scores and whose cluster there is.
 template <class Real, class Take>
 __device__ __forceinline__ void for_each_score(const Extremes& call, const Real* scores, Take take) {
-  constexpr int64_t kPart = kSelectThreads * kScoresAtOnce;
+  constexpr int64_t kPart = kThreads * kScoresAtOnce;
   for (int64_t first = blockIdx.x * kPart + threadIdx.x; first < call.N; first += gridDim.x * kPart) {
     Real score[kScoresAtOnce];
     int64_t cluster[kScoresAtOnce];
 #pragma unroll
     for (int j = 0; j < kScoresAtOnce; ++j) {
-      const int64_t i = first + j * kSelectThreads;
+      const int64_t i = first + j * kThreads;
       score[j] = i < call.N ? scores[i] : Real(NAN);
       cluster[j] = i < call.N ? call.cluster[i] : 0;
     }
 #pragma unroll
     for (int j = 0; j < kScoresAtOnce; ++j) {
       if (score[j] != score[j] || cluster[j] < 0 || cluster[j] >= call.clusters) continue;
-      take(first + j * kSelectThreads, score[j], cluster[j]);
+      take(first + j * kThreads, score[j], cluster[j]);
     }
   }
 }
@@ -61,12 +61,11 @@ __device__ __forceinline__ void for_each_score(const Extremes& call, const Real*
 // A round of float32 scores, N < 2^32: a word is the score in its upper half, ~index in its lower. `kShared`: a block
 // keeps words of its own, [kSides, clusters], and hands them on at its end.
 template <bool kShared>
-__global__ void __launch_bounds__(kSelectThreads)
-    packed_extremes(const Extremes call, const float* scores, int64_t round) {
+__global__ void __launch_bounds__(kThreads) packed_extremes(const Extremes call, const float* scores, int64_t round) {
   OODKERN_DYNAMIC_SHARED(uint64_t, own);
   const int clusters = int(call.clusters);
   if constexpr (kShared) {
-    for (int i = threadIdx.x; i < kSides * clusters; i += kSelectThreads) own.store(i, 0);
+    for (int i = threadIdx.x; i < kSides * clusters; i += kThreads) own.store(i, 0);
     __syncthreads();
   }
   for_each_score(call, scores, [&](int64_t i, float score, int64_t cluster) {
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   });
   if constexpr (kShared) {
     __syncthreads();
-    for (int i = threadIdx.x; i < kSides * clusters; i += kSelectThreads) {
+    for (int i = threadIdx.x; i < kSides * clusters; i += kThreads) {
       uint64_t* best =
           i < clusters ? call.sides[0] + i * call.per_side : call.sides[1] + (i - clusters) * call.per_side;
       best += round;
@@ -99,8 +98,7 @@ __global__ void __launch_bounds__(kSelectThreads)
 // The same where a score and an index do not fit into one word: with `kIndex` false the round's best score goes to
 // bests, then with true the lowest index that has it, as ~index.
 template <class Real, bool kIndex>
-__global__ void __launch_bounds__(kSelectThreads)
-    wide_extremes(const Extremes call, const Real* scores, int64_t round) {
+__global__ void __launch_bounds__(kThreads) wide_extremes(const Extremes call, const Real* scores, int64_t round) {
   uint64_t* bests = call.bests + round % 2 * kSides * call.clusters;
   const uint64_t* before = call.bests + (round + 1) % 2 * kSides * call.clusters;
   for_each_score(call, scores, [&](int64_t i, Real score, int64_t cluster) {
@@ -124,9 +122,9 @@ __global__ void __launch_bounds__(kSelectThreads)
 }
 
 // Words become indices, 0 becomes -1.
-__global__ void __launch_bounds__(kSelectThreads) finish_extremes(const Extremes call) {
-  const int64_t step = int64_t(gridDim.x) * kSelectThreads, count = call.clusters * call.per_side;
-  for (int64_t i = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x; i < count; i += step) {
+__global__ void __launch_bounds__(kThreads) finish_extremes(const Extremes call) {
+  const int64_t step = int64_t(gridDim.x) * kThreads, count = call.clusters * call.per_side;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
       const uint64_t word = call.sides[side][i];
@@ -139,10 +137,10 @@ __global__ void __launch_bounds__(kSelectThreads) finish_extremes(const Extremes
 constexpr uint64_t kNoCluster = INT64_MAX;  // of a NaN, and of a cluster that there is not
 
 // Words [N] to sort as int64: the cluster, below 2^31 - 1, then the score, the best of the side first.
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kThreads)
     words_to_sort(const Extremes call, const float* scores, uint64_t* words, int side) {
-  const int64_t step = int64_t(gridDim.x) * kSelectThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x; i < call.N; i += step) {
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < call.N; i += step) {
     const float score = scores[i];
     const int64_t cluster = call.cluster[i];
     const uint32_t key = ordered(score);
@@ -152,10 +150,10 @@ __global__ void __launch_bounds__(kSelectThreads)
 }
 
 // What of the sorted words [N] is among the first per_side of a cluster; `order` [N] is where words came from.
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kThreads)
     take_sorted(const Extremes call, const uint64_t* words, const int64_t* order, int64_t* side) {
-  const int64_t step = int64_t(gridDim.x) * kSelectThreads, count = call.clusters * call.per_side;
-  for (int64_t i = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x; i < count; i += step) {
+  const int64_t step = int64_t(gridDim.x) * kThreads, count = call.clusters * call.per_side;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
     const uint64_t cluster = uint64_t(i / call.per_side);
     int64_t first = 0, last = call.N;  // the cluster's words begin between them
     while (first < last) {

@@ -1,6 +1,6 @@
 // The training heads on a GPU: a row's loss and its slope from one read of its logits.
 //
-//   head_lanes    K <= 1,024: a row in the registers of 8 or 32 lanes
+//   head_lanes    K <= 1,024 (float64: 128): a row in the registers of 8 or 32 lanes
 //   head_blocks   longer: a block a row (where only slopes are asked for, a chunk of one). It holds the chunk that it
 //                 read last, 8,192 columns (float64: 4,096); what a longer row has before that it reads again, last
 //                 first, while it is still in L2

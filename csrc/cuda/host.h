@@ -33,7 +33,7 @@ class CudaStream {
   template <class... Parameters, class... Arguments>
   void launch(const char* /*name*/, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t dynamic_bytes,
               Arguments... arguments) const {
-    constexpr int64_t kWithoutAsking = 48 << 10;
+    constexpr int64_t kWithoutAsking = 40 << 10;  // of 48 KB, which a kernel's static shared memory is a part of
     if (dynamic_bytes > kWithoutAsking) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_bytes)));
     }

@@ -143,16 +143,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 namespace {
 
-// By PyTorch: its indices are let go again.
-Tensor sorted(const Tensor& scores) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  StableIValue stack[] = {from(scores), from(int64_t(0)), from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "", stack, TORCH_ABI_VERSION));
-  (void)to<Tensor>(stack[1]);
-  return to<Tensor>(stack[0]);
-}
-
 int largest_step(int64_t count) {
   int64_t step = 1;
   while (step * 2 <= count) step *= 2;
@@ -169,7 +159,7 @@ struct CudaHinge {
   template <class Real>
   static void run_as(const Tensor& id, const Tensor& ood, const HingePairs& pairs) {
     const bool any = pairs.N > 0 && pairs.M > 0;
-    const Tensor sorted_id = any ? sorted(id) : id, sorted_ood = any ? sorted(ood) : ood;
+    const Tensor sorted_id = any ? std::get<0>(sorted(id)) : id, sorted_ood = any ? std::get<0>(sorted(ood)) : ood;
     const device::Hinge<Real> hinge{static_cast<const Real*>(pairs.id),
                                     static_cast<const Real*>(pairs.ood),
                                     static_cast<const Real*>(sorted_id.const_data_ptr()),

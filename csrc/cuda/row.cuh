@@ -1,6 +1,6 @@
 // The row engine on a GPU: rows are reduced, differentiated or differentiated twice, each pass reading its input once.
 //
-//   K <= 1,024   warp_rows: a row in the registers of 8 or 32 lanes, all of a pass in one launch
+//   K <= 1,024   (float64: 128) warp_rows: a row in the registers of 8 or 32 lanes, all of a pass in one launch
 //   longer       reduce_rows: one block a row, or several where rows are few (their states are merged by finish_rows);
 //                map_rows: the gradient of a part of a row a block
 //
@@ -11,10 +11,7 @@
 
 namespace oodkern::device {
 
-constexpr int kThreads = 256;  // of every block
-constexpr int kWarps = kThreads / 32;
 constexpr int kUnroll = 4;  // accesses of 16 bytes that a thread has in flight
-constexpr unsigned kAll = 0xffffffffu;
 
 // The largest pivot, or the sum, over groups of kLanes lanes; every lane gets it.
 template <class Reducer, int kLanes>

@@ -5,10 +5,6 @@
 
 namespace oodkern::device {
 
-constexpr int kSelectThreads = 256;  // of every block
-constexpr int kSelectWarps = kSelectThreads / 32;
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
 // An int64 as atomics take it: sums are the same.
 __device__ __forceinline__ uint64_t* as_unsigned(int64_t* word) {
   return reinterpret_cast<uint64_t*>(word);

@@ -1,4 +1,5 @@
-// Forward passes of `linear_energy`, `alignment` and `nearest_center` on a GPU, for 16-bit features and K <= 192.
+// Forward passes on a GPU, for 16-bit features and K <= 192: the scores of a linear head, `alignment`,
+// `subspace_energy` and `nearest_center`.
 #include "../check.h"
 #include "host.h"
 #include "stream_pack.cuh"

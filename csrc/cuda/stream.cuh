@@ -1,7 +1,7 @@
 // The stream engine: row reductions of z_k = factor_k (x . w_k) + offset_k for few classes (K <= 192) of 16-bit
 // numbers, at the speed at which features can be read. A warp owns 32 rows (16 beyond 104 classes), whose logits are
 // float32 sums in its registers; features go from memory to registers and nowhere else, several slabs of 32 columns
-// ahead of the tensor cores and across the ends of tiles. Classes are packed in the order of fragments
+// asked for together, also across the ends of tiles. Classes are packed in the order of fragments
 // (stream_pack.cuh):
 //
 //   weight [slabs, K / 8, 32 lanes] of 16 bytes; lane 4 g + t has class 8 b + g at columns 32 s + 8 t..+7
@@ -14,8 +14,8 @@
 // features, 13 loads of 512 B at 128 B a cycle = 52 cycles of shared memory (9 TB/s of features) and 52 mma of 2,048
 // multiply-adds (4.5 TB/s at 1,024 a cycle and multiprocessor, the rate of sm_80; sm_90 is faster): above the 3.4 TB/s
 // of HBM3. With 16 rows a warp, shared memory would bound it at 4.5 TB/s; at K = 192 it does, at 2.5 TB/s. To keep
-// 3.4 TB/s busy at 0.7 us takes 18 KB in flight a multiprocessor: 8 warps have up to 3 slabs of 32 rows each, 48 KB, or
-// of 16 rows, 24 KB.
+// 3.4 TB/s busy at 0.7 us takes 18 KB in flight a multiprocessor: 8 warps ask for up to 3 slabs of 32 rows each, 48 KB,
+// or of 16 rows, 24 KB, and wait for them once. (Arithmetic: nothing here was timed.)
 #pragma once
 
 #include "row.cuh"
@@ -225,8 +225,10 @@ __global__ void __launch_bounds__(kThreads, 1) stream_rows(const StreamCall call
             }
           }
         }
-        x.fetch(stage);
       }
+      // Together: ptxas counts all these loads by one scoreboard, and who waits for one waits for all.
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) x.fetch(stage);
     }
     // Row after row by the same instructions: all of them at once would be four times as many.
     int index[2 * kTiles] = {};

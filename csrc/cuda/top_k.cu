@@ -36,10 +36,10 @@ struct CudaTopK {
                                   capacity,
                                   Real(call.sign)};
     Real* values = static_cast<Real*>(call.values);
-    const int64_t each = device::kSelectThreads * kEach;
+    const int64_t each = device::kThreads * kEach;
     const int64_t blocks = std::min((room + each - 1) / each, kBlocksAtOnce * stream.multiprocessors());
     const auto launch = [&](const char* name, auto kernel, auto... arguments) {
-      stream.launch(name, kernel, blocks, device::kSelectThreads, 0, pool, arguments...);
+      stream.launch(name, kernel, blocks, device::kThreads, 0, pool, arguments...);
     };
     for (int64_t first = 0; first < call.count; first += kScoresOfUpdate) {
       const int64_t count = std::min(call.count - first, kScoresOfUpdate);

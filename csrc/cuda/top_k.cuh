@@ -84,10 +84,10 @@ __device__ __forceinline__ int compared(const Pool<Real>& pool, int64_t i, const
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kThreads)
     start_update(const Pool<Real> pool, const int64_t* state) {  // state as top_k_update has it
   Control& control = *pool.control;
-  const int64_t step = int64_t(gridDim.x) * kSelectThreads, start = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x;
+  const int64_t step = int64_t(gridDim.x) * kThreads, start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   int64_t* counts = control.counts[0];
   for (int64_t i = start; i < kMostDigits * kDigits; i += step) counts[i] = 0;
   if (start > 0) return;
@@ -103,7 +103,7 @@ __device__ __forceinline__ T sum_to_lane(T x) {  // over this lane and those bel
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const T other = __shfl_sync(kWholeWarp, x, lane >= distance ? lane - distance : lane);
+    const T other = __shfl_sync(kAll, x, lane >= distance ? lane - distance : lane);
     if (lane >= distance) x += other;
   }
   return x;
@@ -115,7 +115,7 @@ __device__ __forceinline__ int64_t taken_places(int64_t* counter, int wanted) {
   const int lane = int(threadIdx.x) % 32, end = sum_to_lane(wanted);
   int64_t first = 0;
   if (lane == 31 && end > 0) first = int64_t(atomic_sum(as_unsigned(counter), uint64_t(end)));
-  return __shfl_sync(kWholeWarp, first, 31) + end - wanted;
+  return __shfl_sync(kAll, first, 31) + end - wanted;
 }
 
 template <int kWidth>
@@ -125,14 +125,14 @@ __device__ __forceinline__ int within(int64_t x) {
 
 // Scores [count] of samples offset, offset + 1, ...: those that pass the bar go to the pool, behind what was held.
 template <class Stored, class Real>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kThreads)
     sift(const Pool<Real> pool, const Stored* scores, int64_t count, int64_t offset, const Real* values,
          const int64_t* indices, int64_t* state) {
   constexpr int kWidth = Vector<Stored>::kWidth;
   constexpr int kVectors = kWidth == 8 ? 1 : 2;  // in flight; two of eight scores take 72 registers
   Control& control = *pool.control;
-  const int64_t held = control.held, step = int64_t(gridDim.x) * kSelectThreads;
-  const int64_t start = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x;
+  const int64_t held = control.held, step = int64_t(gridDim.x) * kThreads;
+  const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = start; i < held; i += step) {
     pool.values[i] = values[i];
     pool.indices[i] = indices[i];
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kSelectThreads)
         passed |= unsigned(there && better) << (j * kWidth + i);
       }
     }
-    if (!__any_sync(kWholeWarp, passed != 0)) continue;
+    if (!__any_sync(kAll, passed != 0)) continue;
     int64_t place = held + taken_places(&control.survivors, __popc(passed));
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     }
   }
 #pragma unroll
-  for (int bits = 16; bits > 0; bits /= 2) nans += __shfl_xor_sync(kWholeWarp, nans, bits);
+  for (int bits = 16; bits > 0; bits /= 2) nans += __shfl_xor_sync(kAll, nans, bits);
   if (lane == 0 && nans) atomic_sum(as_unsigned(state + 2), uint64_t(nans));
 }
 
@@ -188,11 +188,11 @@ __global__ void __launch_bounds__(kSelectThreads)
 template <class Real>
 __device__ __forceinline__ Pick picked_before(const Pool<Real>& pool, int number) {
   OODKERN_SHARED(Pick, found, 1);
-  OODKERN_SHARED(int64_t, of_warps, kSelectWarps);
+  OODKERN_SHARED(int64_t, of_warps, kWarps);
   Pick pick = pool.control->picks[number > 0 ? number - 1 : 0];
   if (number == 0 || pick.alone) return pick;
   // Thread t has a stretch of the digit's values, the largest first.
-  constexpr int kEach = kDigits / kSelectThreads;
+  constexpr int kEach = kDigits / kThreads;
   const int thread = int(threadIdx.x), lane = thread % 32, highest = kDigits - 1 - thread * kEach;
   const int64_t* counts = pool.control->counts[number - 1];
   int64_t sum = 0;
@@ -220,23 +220,23 @@ __device__ __forceinline__ Pick picked_before(const Pool<Real>& pool, int number
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kSelectThreads) count_digits(const Pool<Real> pool, int number) {
+__global__ void __launch_bounds__(kThreads) count_digits(const Pool<Real> pool, int number) {
   OODKERN_SHARED(unsigned, counts, kDigits);
   if (!pool.is_cut()) return;
   const Pick pick = picked_before(pool, number);
   if (number > 0 && blockIdx.x == 0 && threadIdx.x == 0) pool.control->picks[number] = pick;
   if (pick.alone) return;
-  for (int i = threadIdx.x; i < kDigits; i += kSelectThreads) counts.store(i, 0);
+  for (int i = threadIdx.x; i < kDigits; i += kThreads) counts.store(i, 0);
   __syncthreads();
   const Digit<Real> digit(number);
-  const int64_t total = pool.total(), step = int64_t(gridDim.x) * kSelectThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x; i < total; i += step) {
+  const int64_t total = pool.total(), step = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += step) {
     if (compared(pool, i, pick) != 0) continue;
     const uint64_t word = digit.of_score ? pool.score_word(i) : pool.index_word(i);
     atomic_sum(counts, int(word >> digit.shift & ((1u << digit.bits) - 1)), 1u);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kDigits; i += kSelectThreads) {
+  for (int i = threadIdx.x; i < kDigits; i += kThreads) {
     const unsigned count = counts.load(i);
     if (count) atomic_sum(as_unsigned(pool.control->counts[number] + i), uint64_t(count));
   }
@@ -244,13 +244,13 @@ __global__ void __launch_bounds__(kSelectThreads) count_digits(const Pool<Real> 
 
 // The pool's candidates, or the k best of them, go where they are held from one update to the next.
 template <class Real>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kThreads)
     place_best(const Pool<Real> pool, Real* values, int64_t* indices, int64_t* state) {
   Control& control = *pool.control;
   const bool cut = pool.is_cut();
-  const int64_t total = pool.total(), step = int64_t(gridDim.x) * kSelectThreads;
+  const int64_t total = pool.total(), step = int64_t(gridDim.x) * kThreads;
   const Pick pick = cut ? picked_before(pool, kScoreDigits<Real> + kIndexDigits) : Pick{};
-  const int64_t start = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x, lane = threadIdx.x % 32;
+  const int64_t start = int64_t(blockIdx.x) * kThreads + threadIdx.x, lane = threadIdx.x % 32;
   if (start == 0) {
     state[0] = cut ? pool.k : total;
     state[1] = cut || control.has_bar;

@@ -83,6 +83,6 @@ def test_every_room_is_registered(root, installed):
     assert _native.missing["cuda"] == ""
     sources = [*(root / "csrc").glob("*.h"), *(root / "csrc" / "cuda").glob("*.cu*")]
     names = {name for file in sources for name in re.findall(r'm\.impl\("(\w+)"', file.read_text())}
-    assert len(names) >= 6
+    assert len(names) > 20
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"oodkern::{name}", "CUDA"), name

@@ -31,8 +31,9 @@ def test_many_rows_and_columns(dtype):
         oracle = reference.club(*exact)
         torch.testing.assert_close(value.double(), oracle, rtol=1e-4, atol=1e-5 * D)
         eps = torch.finfo(dtype).eps
+        least = torch.finfo(dtype).tiny * eps  # float16 rounds gradients of 1 / N to multiples of it
         for a, b in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(oracle, exact), strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=2 * eps + 1e-5, atol=(eps + 1e-5) / N)
+            torch.testing.assert_close(a.double(), b, rtol=2 * eps + 1e-5, atol=(eps + 1e-5) / N + least)
 
 
 def test_offsets_of_64_bits():

@@ -30,5 +30,6 @@ def rooms(programs):
 def emulated(rooms, monkeypatch):
     """oodkern.ops computes with the kernels of csrc/cuda in the emulator."""
     rooms.set()
+    rooms.launched()
     rooms.take_over(monkeypatch.setattr)
     return rooms

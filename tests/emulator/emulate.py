@@ -54,26 +54,19 @@ def compile_rooms(folder: Path, *flags: str) -> Path:
     """The kernels and the host code of every room in csrc/cuda, made once in `folder`."""
     made = folder / "-".join(["rooms", *(flag.strip("-=") for flag in flags)])
     torch = find_torch().path
-    flags = (
-        *flags,
-        "-fPIC",
-        "-fvisibility=hidden",
-        *FLAGS,
-        "-DOODKERN_EMULATED",
-        f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
-    )
+    headers = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", torch / "include"]
+    libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    flags = (*flags, "-fPIC", "-fvisibility=hidden", *FLAGS, "-DOODKERN_EMULATED")
 
     def compile_source(source: Path) -> Path:
         out = folder / f"{made.name}-{source.stem}.o"
-        made_by(*flags, "-DTORCH_STABLE_ONLY", "-isystem", torch / "include", "-c", "-x", "c++", source, "-o", out)
+        made_by(*flags, *headers, "-c", "-x", "c++", source, "-o", out)
         return out
 
     sources = [HERE / "emulated.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_source, sources))
-    made_by(
-        *flags, "-shared", *objects, "-o", made, f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"
-    )
+    with alone(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
+        if not made.exists():
+            made_by(*flags, "-shared", *pool.map(compile_source, sources), "-o", made, *libraries)
     return made
 
 

@@ -9,6 +9,7 @@ void set_up(int64_t order, int64_t seed, int64_t multiprocessors, int64_t shared
   emulator::settings = {emulator::Order(order), unsigned(seed)};
   emulator::device.multiprocessors = multiprocessors;
   emulator::device.shared_bytes = shared_bytes;
+  emulator::most_shared_bytes = size_t(shared_bytes);
   emulator::arena.offset = size_t(offset);
 }
 

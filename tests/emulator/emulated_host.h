@@ -31,7 +31,6 @@ class CudaStream {
   template <class... Parameters, class... Arguments>
   void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t dynamic_bytes,
               Arguments... arguments) const {
-    if (dynamic_bytes > shared_bytes()) throw emulator::Error(std::string(name) + ": too much shared memory");
     emulator::launch(name, kernel, unsigned(std::min(blocks, emulator::device.most_blocks)), unsigned(threads),
                      size_t(dynamic_bytes), Parameters(arguments)...);
   }

@@ -96,6 +96,7 @@ class Block {
   unsigned size;
   size_t dynamic_bytes;
   std::map<const void*, std::shared_ptr<void>> shared;  // by place of declaration
+  size_t declared_bytes = 0;                            // of it, beside the launch's
   Thread* running = nullptr;
 
   Block(unsigned threads, size_t dynamic) : size(threads), dynamic_bytes(dynamic) {
@@ -109,6 +110,7 @@ class Block {
     kernel_ = &kernel;
     error_.clear();
     shared.clear();
+    declared_bytes = 0;
     for (unsigned i = 0; i < size; ++i) threads_[i]->begin();
     for (bool moved = true; moved && error_.empty();) {
       moved = false;

@@ -8,7 +8,7 @@ import torch
 from bar import OpBar
 from op import Op
 from oracle import value_and_gradients
-from torch import Tensor
+from room_energy import eager_energy, eager_joint_energy, largest_finite, terms_of_energy
 
 import oodkern
 from oodkern import reference
@@ -31,17 +31,13 @@ SHAPES = [
 ]
 
 
-def largest_finite(z: Tensor) -> Tensor:
-    """Rounding E, as large as the logits, moves E / T and with it every softmax of the row by that much."""
-    return z.abs().nan_to_num(0.0, 0.0).amax(-1, keepdim=True) if z.shape[-1] else torch.zeros(())
-
-
 def energy_op(temperature: float = 1.0, through: Callable = lambda function: function) -> Op:
     return Op(
         through(lambda z: oodkern.energy(z, temperature)),
         lambda z: reference.energy(z, temperature),
-        lambda z: -temperature * torch.logsumexp(z / temperature, -1),
+        lambda z: eager_energy(z, temperature),
         SHAPES,
+        size=terms_of_energy(temperature),
         condition=lambda z: 1 / temperature * largest_finite(z),
     )
 
@@ -50,7 +46,7 @@ def joint_energy_op(through: Callable = lambda function: function) -> Op:
     return Op(
         through(oodkern.joint_energy),
         reference.joint_energy,
-        lambda z: torch.nn.functional.softplus(z).sum(-1),
+        eager_joint_energy,
         SHAPES,
     )
 

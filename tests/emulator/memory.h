@@ -116,10 +116,20 @@ class SharedArray {
   }
 };
 
+// The shared memory that a block can have. Of it 48 KB come without asking, which csrc/cuda/host.h does for dynamic
+// memory beyond 40 KB: what is declared beside that has to be under 8 KB.
+inline size_t most_shared_bytes = size_t(227) << 10;
+
 template <class T>
-SharedArray<T> shared_array(const void* declaration, size_t count) {
+SharedArray<T> shared_array(const void* declaration, size_t count, bool dynamic) {
   std::shared_ptr<void>& slot = current->shared[declaration];
-  if (!slot) slot = std::make_shared<SharedWords<T>>(count);
+  if (!slot) {
+    slot = std::make_shared<SharedWords<T>>(count);
+    if (!dynamic) current->declared_bytes += count * sizeof(T);
+    const size_t bytes = current->declared_bytes + current->dynamic_bytes;
+    const size_t free_of_asking = size_t(current->dynamic_bytes ? 8 : 48) << 10;
+    if (current->declared_bytes > free_of_asking || bytes > most_shared_bytes) current->fail("too much shared memory");
+  }
   return SharedArray<T>(static_cast<SharedWords<T>*>(slot.get()));
 }
 

@@ -8,22 +8,22 @@ using namespace oodkern::device;
 
 namespace {
 
-constexpr int kThreads = 96;
+constexpr int kCaseThreads = 96;
 
 // Every thread's neighbour's number, through shared memory; `kBarrier` false leaves the barrier out.
 template <bool kBarrier>
-__global__ void neighbours(float* out) {  // [kThreads]
-  OODKERN_SHARED(float, words, kThreads);
+__global__ void neighbours(float* out) {  // [kCaseThreads]
+  OODKERN_SHARED(float, words, kCaseThreads);
   const int i = int(threadIdx.x);
   words.store(i, float(i));
   if constexpr (kBarrier) __syncthreads();
-  out[i] = words.load((i + 40) % kThreads);
+  out[i] = words.load((i + 40) % kCaseThreads);
 }
 
 // The same inside a warp, behind a barrier of the warp, a shuffle (which orders no memory), or none.
 enum class Between { kSyncwarp, kShuffle, kHalfSyncwarp };
 template <Between kBetween>
-__global__ void lanes(float* out) {  // [kThreads]
+__global__ void lanes(float* out) {  // [kCaseThreads]
   OODKERN_DYNAMIC_SHARED(float, words);
   const int i = int(threadIdx.x);
   words.store(i, float(i));
@@ -34,36 +34,36 @@ __global__ void lanes(float* out) {  // [kThreads]
 }
 
 // Words that are written again while others may still read them.
-__global__ void written_again(float* out) {  // [kThreads]
-  OODKERN_SHARED(float, words, kThreads);
+__global__ void written_again(float* out) {  // [kCaseThreads]
+  OODKERN_SHARED(float, words, kCaseThreads);
   const int i = int(threadIdx.x);
   words.store(i, float(i));
   __syncthreads();
-  out[i] = words.load(kThreads - 1 - i);
+  out[i] = words.load(kCaseThreads - 1 - i);
   words.store(i, 0.0f);
 }
 
-__global__ void unwritten(float* out) {  // [kThreads]
-  OODKERN_SHARED(float, words, kThreads);
+__global__ void unwritten(float* out) {  // [kCaseThreads]
+  OODKERN_SHARED(float, words, kCaseThreads);
   const int i = int(threadIdx.x);
   if (i > 0) words.store(i, 1.0f);
   __syncthreads();
   out[i] = words.load(i);
 }
 
-__global__ void outside_shared(float* out) {  // [kThreads]
+__global__ void outside_shared(float* out) {  // [kCaseThreads]
   OODKERN_DYNAMIC_SHARED(float, words);
   words.store(int(threadIdx.x) + 1, 1.0f);
   out[threadIdx.x] = 1.0f;
 }
 
 template <int kShift>
-__global__ void shifted(float* out) {  // [kThreads]
+__global__ void shifted(float* out) {  // [kCaseThreads]
   out[int(threadIdx.x) + kShift] = 1.0f;
 }
 
 template <int kShift>
-__global__ void shifted_load(float* out, const float* in) {  // [kThreads] both
+__global__ void shifted_load(float* out, const float* in) {  // [kCaseThreads] both
   out[threadIdx.x] = in[int(threadIdx.x) + kShift];
 }
 
@@ -95,12 +95,12 @@ __global__ void shuffle_without_oneself(float* out) {
 }
 
 template <int kShift>
-__global__ void vectors(float* out, const float* in) {  // [4 kThreads] both
+__global__ void vectors(float* out, const float* in) {  // [4 kCaseThreads] both
   store_vector(out + 4 * threadIdx.x, load_vector(in + 4 * threadIdx.x + kShift));
 }
 
 // Everything that warps say to one another; 0 in every word where it was said right.
-__global__ void warp_words(float* out) {  // [kThreads]
+__global__ void warp_words(float* out) {  // [kCaseThreads]
   const int i = int(threadIdx.x), lane = i % 32, warp = i / 32;
   int wrong = 0;
   wrong += __shfl_xor_sync(0xffffffffu, i, 5) != (i ^ 5);
@@ -143,10 +143,10 @@ __global__ void product_of_some(float* out) {
 }
 
 // Words that come by asynchronous copies, kVectors of them, read by a neighbour.
-constexpr int kVectors = kThreads / 4;
+constexpr int kVectors = kCaseThreads / 4;
 enum class Copies { kAwaited, kNotAwaited, kWithoutBarrier, kOverReaders };
 template <Copies kCopies>
-__global__ void copied(float* out, const float* in) {  // [kThreads] both
+__global__ void copied(float* out, const float* in) {  // [kCaseThreads] both
   OODKERN_DYNAMIC_SHARED(Words, words);
   const int i = int(threadIdx.x);
   const auto copy = [&] {
@@ -164,7 +164,7 @@ __global__ void copied(float* out, const float* in) {  // [kThreads] both
 // left out or put in makes the faults.
 enum class Atomics { kCorrect, kBeforeTheStore, kReadAtOnce, kStoredAtOnce, kChangedAfterARead, kUnwritten };
 template <Atomics kFault>
-__global__ void atomics(float* out) {  // [kThreads]
+__global__ void atomics(float* out) {  // [kCaseThreads]
   OODKERN_SHARED(uint64_t, shared, 2);
   unsigned* counter = reinterpret_cast<unsigned*>(out);
   const int i = int(threadIdx.x);
@@ -180,11 +180,11 @@ __global__ void atomics(float* out) {  // [kThreads]
   const uint64_t count = shared.load(0), last = shared.load(1);
   const bool as_many = relaxed(counter) == 2 * count && before < count && (!first || before == 0);
   __syncthreads();
-  out[i] = as_many && last == kThreads - 1 ? float(count) : -1.0f;
+  out[i] = as_many && last == kCaseThreads - 1 ? float(count) : -1.0f;
 }
 
 // Depends on the order of the threads, through global memory.
-__global__ void first_comes(float* out) {  // [kThreads], poison at first
+__global__ void first_comes(float* out) {  // [kCaseThreads], poison at first
   const float before = out[0];
   out[threadIdx.x] = before != before ? 0.0f : 1.0f;
 }
@@ -196,11 +196,11 @@ struct Case {
 
 template <class Kernel>
 void go(Kernel kernel, float* out) {
-  emulator::launch("planted", kernel, 2, kThreads, kThreads * sizeof(float), out);
+  emulator::launch("planted", kernel, 2, kCaseThreads, kCaseThreads * sizeof(float), out);
 }
 template <class Kernel>
 void go(Kernel kernel, float* out, const float* in) {
-  emulator::launch("planted", kernel, 1, kThreads, kThreads * sizeof(float), out, in);
+  emulator::launch("planted", kernel, 1, kCaseThreads, kCaseThreads * sizeof(float), out, in);
 }
 
 const Case kCases[] = {
@@ -226,10 +226,10 @@ const Case kCases[] = {
     {"atomic after a read", [](float* out, const float*) { go(atomics<Atomics::kChangedAfterARead>, out); }},
     {"atomic on nothing", [](float* out, const float*) { go(atomics<Atomics::kUnwritten>, out); }},
     {"outside shared memory", [](float* out, const float*) { go(outside_shared, out); }},
-    {"store behind the end", [](float* out, const float*) { go(shifted<4 * kThreads - kThreads + 1>, out); }},
+    {"store behind the end", [](float* out, const float*) { go(shifted<4 * kCaseThreads - kCaseThreads + 1>, out); }},
     {"store before the beginning", [](float* out, const float*) { go(shifted<-1>, out); }},
     {"load behind the end",
-     [](float* out, const float* in) { go(shifted_load<4 * kThreads - kThreads + 1>, out, in); }},
+     [](float* out, const float* in) { go(shifted_load<4 * kCaseThreads - kCaseThreads + 1>, out, in); }},
     {"barrier of some", [](float* out, const float*) { go(barrier_of_some, out); }},
     {"barrier of two branches", [](float* out, const float*) { go(barrier_of_two_branches, out); }},
     {"shuffle of some", [](float* out, const float*) { go(shuffle_of_some, out); }},
@@ -244,11 +244,11 @@ const Case kCases[] = {
 
 }  // namespace
 
-// Runs one of them over out [4 kThreads] with in [4 kThreads] = 0, 1, 2...; gives what the emulator said.
+// Runs one of them over out [4 kCaseThreads] with in [4 kCaseThreads] = 0, 1, 2...; gives what the emulator said.
 extern "C" const char* run_planted(const char* name, int order, int seed, float* out) {
   return emulator::guarded([&] {
     emulator::settings = {emulator::Order(order), unsigned(seed)};
-    std::vector<float> numbers(4 * kThreads);
+    std::vector<float> numbers(4 * kCaseThreads);
     std::iota(numbers.begin(), numbers.end(), 0.0f);
     const size_t bytes = numbers.size() * sizeof(float);
     emulator::Buffer output("out", bytes, 0), input("in", bytes, 0, numbers.data());
@@ -265,7 +265,7 @@ extern "C" const char* run_planted(const char* name, int order, int seed, float*
 
 // For the sanitizers: the program's arguments are names of cases.
 int main(int count, char** names) {
-  std::vector<float> out(4 * kThreads);
+  std::vector<float> out(4 * kCaseThreads);
   for (int i = 1; i < count; ++i) {
     for (int order = 0; order < 3; ++order) {
       const std::string said = run_planted(names[i], order, 1, out.data());

@@ -19,7 +19,6 @@ class TestEmulatedNorm(NormBar, EmulatedBar):
 
 
 def test_images_of_any_layout(emulated):
-    emulated.launched()
     x = like(torch.empty(6, 3, 8, 10), seed=2)
     for view in (x, x.contiguous(memory_format=torch.channels_last), x[:, :, 1:-1, 1:-1], x[:1].expand(4, -1, -1, -1)):
         ours = value_and_gradients(oodkern.sample_norm, [view], order=2)

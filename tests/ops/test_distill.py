@@ -69,6 +69,20 @@ def test_extreme_logits(data):
     torch.testing.assert_close(ours.double(), exact, rtol=3e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+def test_a_whole_block_of_masked_classes(dtype, which):
+    """Beside logits that are low, whose exponentials without a pivot are 0."""
+    student, teacher = (z - 500 for z in pair((3, 2500), (torch.float64, torch.float64)))
+    for z in {"student": [student], "teacher": [teacher], "both": [student, teacher]}[which]:
+        z[:, :1024] = -torch.inf
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    value = oodkern.distillation(student, teacher, 0.5)
+    exact = reference.distillation(student.detach().double(), teacher.double(), 0.5)
+    torch.testing.assert_close(value.detach().double(), exact, rtol=1e-4, atol=1e-6)
+    assert not torch.autograd.grad(value, student, torch.ones_like(value))[0].isnan().any()
+
+
 def test_blocks_of_a_row_differ_in_magnitude():
     for dtype in FLOATS:
         student, teacher = pair((6, 5000), (torch.float64, torch.float64))

@@ -6,6 +6,7 @@ from bar import OpBar
 from layouts import FLOATS
 from op import Op
 from oracle import like
+from room_energy import eager_energy, eager_joint_energy, largest_finite, terms_of_energy
 
 import oodkern
 from oodkern import reference
@@ -21,19 +22,6 @@ SHAPES = [
     ((3, 2500),),
     ((33, 1000),),
 ]
-
-
-def largest_finite(z):
-    """Rounding E, as large as the logits, moves E / T and with it every softmax of the row by that much."""
-    return z.abs().nan_to_num(0.0, 0.0).amax(-1, keepdim=True) if z.shape[-1] else torch.zeros(())
-
-
-def eager_energy(logits, temperature=1.0):
-    return -temperature * torch.logsumexp(logits / temperature, -1)
-
-
-def eager_joint_energy(logits):
-    return torch.nn.functional.softplus(logits).sum(-1)
 
 
 def raw_arguments(name, *constants):
@@ -56,7 +44,13 @@ def raw_arguments(name, *constants):
 
 class TestEnergy(OpBar):
     op = Op(
-        oodkern.energy, reference.energy, eager_energy, SHAPES, raw_arguments("energy", 1.0), condition=largest_finite
+        oodkern.energy,
+        reference.energy,
+        eager_energy,
+        SHAPES,
+        raw_arguments("energy", 1.0),
+        size=terms_of_energy(1.0),
+        condition=largest_finite,
     )
 
 
@@ -67,6 +61,7 @@ class TestEnergyWithTemperature(OpBar):
         lambda z: eager_energy(z, 0.37),
         SHAPES,
         raw_arguments("energy", 0.37),
+        size=terms_of_energy(0.37),
         condition=lambda z: 1 / 0.37 * largest_finite(z),
     )
 

@@ -44,6 +44,8 @@ def test_what_is_foreseen_is_handed_out(function, dtype):
         (torch.full((24,), 1 / 24, dtype=score), 1 / 24, False),
         (uneven, uneven, False),
         (uneven, None, sixteen),
+        (uneven, 1.0, sixteen),
+        (uneven * (1 + 16 * torch.finfo(torch.float32).eps), uneven, sixteen),  # more than a rounding
         (uneven, 0.25, True),
         (uneven * 0.3, uneven, sixteen),
         (uneven * 4, uneven, dtype == torch.float16),

@@ -139,7 +139,7 @@ OODKERN_INLINE typename LogSumExp<Math>::State keep_block(const LogSumExp<Math>&
 template <class Math>
 OODKERN_INLINE typename Math::Real share_of(const LogSumExp<Math>& reducer, typename Math::Real pivot,
                                             Softmax<Math> softmax) {
-  return reducer.add(LogSumExp<Math>::finite(pivot), softmax.maximum) * softmax.reciprocal;
+  return reducer.add(pivot, softmax.maximum) * softmax.reciprocal;  // 0 for a block of -inf alone
 }
 
 }  // namespace oodkern::OODKERN_ISA

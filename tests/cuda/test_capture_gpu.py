@@ -1,4 +1,4 @@
-"""Every room's raw ops on other streams than the default one, and captured in a CUDA graph.
+"""Raw ops of every room on another stream than the default one, and captured in a CUDA graph.
 
 What they give is tested elsewhere; here it has to be, bit for bit, what they give without.
 """
