@@ -36,8 +36,8 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
 
     Twice differentiable, in both scores; gradients have their dtype. A pair at the hinge itself, ood - id + margin = 0,
     has slope 0, as in torch.relu; the second derivative is 0 in the scores and exact in what the loss goes into. The
-    sign of a pair is that of ood + margin in float64 against id. A NaN, or an infinity less itself, makes the loss NaN, and
-    the kernels' gradients too; an ood_score of +inf or an id_score of -inf makes the loss +inf and leaves the
+    sign of a pair is that of ood + margin in float64 against id. A NaN, or an infinity less itself, makes the loss NaN,
+    and the kernels' gradients too; an ood_score of +inf or an id_score of -inf makes the loss +inf and leaves the
     gradients what they are.
 
     O((N + M) log min(N, M)) time (on CUDA both sets are sorted) and O(N + M) memory, where the smaller set (on CUDA
