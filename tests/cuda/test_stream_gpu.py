@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
 def test_against_float64(dtype, name):
     """More columns than shared memory holds of 192 classes are among the last."""
-    for sizes in (*SIZES, *LONG_SIZES, (300, 3000, 192), (300, 2048, 100), (5000, 512, 100)):
+    beside_48_kilobytes = (300, 384, 40), (300, 1536, 10), (300, 128, 150)  # of classes, and some constants
+    for sizes in (*SIZES, *LONG_SIZES, *beside_48_kilobytes, (300, 3000, 192), (300, 2048, 100), (5000, 512, 100)):
         judge(name, head(*sizes, dtype), through_gpu)
 
 
@@ -60,7 +61,7 @@ def test_a_few_million_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_begin_at_these_values(dtype):
-    """Twice, by Triton's kernels; without a demand for a backend the same ops are taken."""
+    """Twice, by Triton's kernels."""
     if backends.missing("triton", "cuda"):
         pytest.skip(backends.missing("triton", "cuda"))
     x, w, b = (tensor.cuda().requires_grad_() for tensor in head(300, 64, 20, dtype))
@@ -76,6 +77,16 @@ def test_gradients_begin_at_these_values(dtype):
     assert (second.double() - oracle).abs().max() <= 5e-2 * oracle.abs().max()
     for function in (oodkern.alignment, lambda x, w: oodkern.subspace_energy(x, w.T).outside):
         torch.autograd.grad(function(x, w).sum(), (x, w))
+
+
+def test_taken_without_a_demand(monkeypatch):
+    x, w, _ = (tensor.cuda() for tensor in head(300, 64, 20, torch.bfloat16))
+    expected = oodkern.linear_energy(x, w)
+    if not backends.missing("triton", "cuda"):
+        monkeypatch.setattr(backends, "_demanded", None)
+        assert torch.equal(oodkern.linear_energy(x, w), expected)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(oodkern.linear_energy, fullgraph=True)(x, w), expected)
 
 
 def test_compile():

@@ -66,7 +66,7 @@ class HeadsBar:
                 value, gradient = value_and_gradient(function, z, dense, upstream=dense)
                 again = value_and_gradient(function, z, torch.tensor(0.5).expand(shape[0]), upstream=foreseen)
                 assert torch.equal(again[0], value)
-                # Formed for a quarter it is multiplied by two.
+                # Formed for a quarter it is multiplied by two, or formed anew.
                 torch.testing.assert_close(again[1], gradient, rtol=1e-5, atol=1e-7)
 
     def test_empty(self, head: str) -> None:
