@@ -6,9 +6,9 @@
 namespace oodkern {
 namespace {
 
-constexpr int64_t kScoresOfUpdate = int64_t(1) << 22;  // more are taken in one after the other: memory for a pool
-constexpr int64_t kBlocksAtOnce = 8;                   // that a multiprocessor runs
-constexpr int64_t kEach = 8;                           // candidates that are worth a thread
+constexpr int64_t kScoresOfUpdate = 1 << 15;  // for each multiprocessor; more are taken in one after the other
+constexpr int64_t kBlocksAtOnce = 8;          // that a multiprocessor runs
+constexpr int64_t kEach = 8;                  // candidates that are worth a thread
 
 struct CudaTopK {
   static void update(const TopKCall& call, const Tensor& scores) {
@@ -25,7 +25,8 @@ struct CudaTopK {
   template <class Stored, class Real>
   static void take_in(const TopKCall& call, const Tensor& scores) {
     const CudaStream stream(scores);
-    const int64_t capacity = capacity_of(call.k), room = capacity + std::min(call.count, kScoresOfUpdate);
+    const int64_t most = kScoresOfUpdate * stream.multiprocessors();
+    const int64_t capacity = capacity_of(call.k), room = capacity + std::min(call.count, most);
     const Tensor pool_values = empty_of(scores, {room}, score_dtype(scores));
     const Tensor pool_indices = empty_of(scores, {room}, ScalarType::Long);
     const Tensor control = empty_of(scores, {int64_t(sizeof(device::Control) / 8)}, ScalarType::Long);
@@ -41,8 +42,8 @@ struct CudaTopK {
     const auto launch = [&](const char* name, auto kernel, auto... arguments) {
       stream.launch(name, kernel, blocks, device::kThreads, 0, pool, arguments...);
     };
-    for (int64_t first = 0; first < call.count; first += kScoresOfUpdate) {
-      const int64_t count = std::min(call.count - first, kScoresOfUpdate);
+    for (int64_t first = 0; first < call.count; first += most) {
+      const int64_t count = std::min(call.count - first, most);
       const Stored* part = static_cast<const Stored*>(call.scores) + first;
       launch("start_update", device::start_update<Real>, call.state);
       launch("sift", device::sift<Stored, Real>, part, count, call.offset + first, values, call.indices, call.state);

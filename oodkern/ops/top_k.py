@@ -39,10 +39,10 @@ class TopK:
     the stream into chunks, every order of the chunks and every number of threads. A NaN is no score: it is never kept,
     and `nans` counts how many there were. Infinities are scores.
 
-    Memory: 2 k candidates (and as many for each thread while it scans; on a GPU as many again and those of a chunk, up
-    to 4,194,304). A chunk is read once; what is not better than the k-th best so far costs a comparison. On a GPU
-    `update` waits for nothing and can be captured in a CUDA graph; `result`, `nans` and `state_dict` wait for it. Not
-    differentiable.
+    Memory: 2 k candidates (and as many for each thread while it scans; on a GPU as many again and those of a chunk,
+    up to 32,768 for each multiprocessor). A chunk is read once; what is not better than the k-th best so far costs
+    a comparison. On a GPU `update` waits for nothing and can be captured in a CUDA graph; `result`, `nans` and
+    `state_dict` wait for it. Not differentiable.
 
     Attributes:
         seen: how many scores were given so far, NaN included.

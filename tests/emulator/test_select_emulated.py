@@ -52,6 +52,13 @@ def test_blocks_walk_over_scores(kernels):
     check_stream(100, scores_of(60_000, torch.float16, "distinct"))
 
 
+def test_an_update_that_is_taken_in_by_parts(kernels):
+    """More scores than the room for one multiprocessor, the best among the last."""
+    kernels.multiprocessors = 1
+    for dtype in (torch.float32, torch.float64):
+        check_stream(100, torch.arange(70_000).to(dtype).roll(-3000), offset=2**33)
+
+
 def test_rising_scores_pass_and_falling_ones_do_not():
     rising = torch.arange(-2000.0, 2000.0)
     check_stream(50, rising, range(0, 4000, 500))
