@@ -46,6 +46,12 @@ def test_few_classes_are_streamed(room):
     assert choose_backend(room, 1000, 512, 1000, torch.bfloat16, "cpu") == "native"
 
 
+def test_streams_are_as_wide_as_their_kernels(root):
+    kernels, host = ((root / "csrc" / "cuda" / name).read_text() for name in ("stream.cuh", "stream.cu"))
+    assert f"kMostClasses = {backends.STREAM_CLASSES};" in kernels
+    assert f"features.size(1) <= 1 << {backends.STREAM_FEATURES.bit_length() - 1}," in host
+
+
 @pytest.mark.parametrize("missing", ["", "Triton is not there"])
 def test_derivatives_of_streams_are_tritons(monkeypatch, missing):
     from torch._subclasses.fake_tensor import FakeTensorMode
