@@ -7,9 +7,9 @@ namespace oodkern {
 namespace {
 
 constexpr int64_t kPackedScores = int64_t(1) << 32;  // whose indices fit into half a word
-constexpr int64_t kMostRounds = 32;                  // of passes over float32 scores, before a sort of them is less
-constexpr int64_t kSharedClusters = 2048;            // 32 KB of words a block
-constexpr int64_t kBlocksAtOnce = 6;                 // that a multiprocessor runs, at those 32 KB
+constexpr int64_t kMostRounds = 32;  // passes over float32 scores, then a sort of them; chosen without a measurement
+constexpr int64_t kSharedClusters = 2048;  // 32 KB of words a block
+constexpr int64_t kBlocksAtOnce = 6;       // that a multiprocessor runs, at those 32 KB
 
 struct CudaExtremes {
   static void find(const ExtremesCall& call, const Tensor& scores) {
