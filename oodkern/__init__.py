@@ -70,7 +70,7 @@ __all__ = [
     "subspace_energy",
 ]
 
-_MODULES = ("config", "data", "losses", "methods", "metrics", "models", "reference", "training")
+_MODULES = ("config", "data", "losses", "methods", "metrics", "models", "pools", "reference", "synthesis", "training")
 
 
 def __getattr__(name: str) -> Any:

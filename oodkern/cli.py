@@ -1,4 +1,4 @@
-"""The command line: `oodkern train`, `evaluate`, `score`, `compare`, `doctor`. Also `python -m oodkern`."""
+"""The command line: `oodkern train`, `evaluate`, `score`, `compare` and more. Also `python -m oodkern`."""
 
 from __future__ import annotations
 
@@ -62,13 +62,33 @@ examples:
 COMPARE_HELP = """\
 Trains methods and plain training (ce) from the same starting models on the same splits of the classes, and prints
 the paired differences with a confidence interval over the splits. A comparison that was stopped goes on when it is
-called again; its runs are in runs/compare, or where output=DIR says.
+called again; its runs are in runs/compare, or where output=DIR says, and so is comparison.html: the table, the
+intervals, every split and every run on one page.
 """
 COMPARE_EXAMPLES = f"""\
 examples:
   oodkern compare --methods oe,energy --splits 5            five random splits, one seed
   oodkern compare --methods energy --seeds 0,1,2            the fixed split, three seeds
   oodkern compare --methods energy --splits 15 --json > result.json
+
+{EXIT_CODES}
+"""
+SELECT_OUTLIERS_HELP = """\
+Ranks sets of images as outliers to train with, by the dilation distance of EDGE between the features of each and of
+the run's training images: the closest is the recommended one. Draws the spectra and the distances in
+outlier-sets.svg, in the folder of the run or in --out.
+
+Take a run of plain training (method=ce): a model that was trained with a set as outliers has pushed it away. Images
+of the ID set are left out of a candidate, but not other images of the same classes: such a set is close, and no
+outliers.
+"""
+SELECT_OUTLIERS_EXAMPLES = f"""\
+examples:
+  oodkern select-outliers runs/ce-seed0 digits=digits photos=photos
+  oodkern select-outliers runs/ce-seed0 textures=DIR svhn=folder:DIR letters=emnist:DIR
+  oodkern select-outliers runs/ce-seed0 a=DIR b=DIR --images 8192 --seed 1 --out chosen --json
+
+sources of images, as KIND:DIR: as for data.outliers (see `oodkern train --help`), or photos, or a folder of images
 
 {EXIT_CODES}
 """
@@ -118,6 +138,19 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--splits", type=int, metavar="N", help="random splits 0..N-1 (default: the fixed one)")
     compare.add_argument("--json", action="store_true", help="every run and the summary, for programs")
     compare.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="for every run")
+    select = verb(
+        "select-outliers",
+        "which of several sets to take as outliers",
+        SELECT_OUTLIERS_HELP,
+        SELECT_OUTLIERS_EXAMPLES,
+    )
+    trained(select)
+    select.add_argument("words", nargs="+", metavar="NAME=SOURCE", help="the candidates")
+    select.add_argument("--top", type=int, default=32, metavar="K", help="singular values compared (default 32)")
+    select.add_argument("--batch-size", type=int, default=64, metavar="B", help="images in a batch (default 64)")
+    select.add_argument("--images", type=int, default=2048, metavar="N", help="at most, of each set (default 2048)")
+    select.add_argument("--seed", type=int, default=0, help="of the draw of the images (default 0)")
+    select.add_argument("--out", metavar="FOLDER", help="for outlier-sets.svg (default: the folder of the run)")
     verbs.add_parser("doctor", help="what was built, who computes what, what is missing and how to get it")
     return top
 
@@ -163,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return failed("interrupted", EXIT_INTERRUPTED)
     try:
-        return getattr(verbs, options.verb)(options, ["oodkern", *arguments])
+        return getattr(verbs, options.verb.replace("-", "_"))(options, ["oodkern", *arguments])
     except (ConfigError, DataError) as error:
         return failed(error, EXIT_USAGE)
     except NotFinite as error:

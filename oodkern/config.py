@@ -32,6 +32,8 @@ SUITED: dict[Any, tuple[str, ...]] = {
     "digits-multilabel": ("optimizer.name=adamw", "optimizer.lr=0.001", "pretrain.lr=0.005"),
     ("digits-multilabel", "energy"): ("loss.alpha=0.01",),
 }
+# The embedded set that a method is for, where it is not the default one.
+SUITED_DATA = {"edge": "digits-multilabel"}
 
 
 class ConfigError(Exception):
@@ -150,10 +152,12 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Train
         method = str(given.get("method", TrainConfig.method))
         schema = schema_of(method)
         check_keys(OmegaConf.to_container(given), keys_of(schema))
-        data = str(OmegaConf.select(given, "data.name", default=DataConfig.name))
+        data = str(OmegaConf.select(given, "data.name", default=SUITED_DATA.get(method, DataConfig.name)))
         # A model that was trained before is not trained again unless asked.
         trained = ("pretrain.epochs=0",) if OmegaConf.select(given, "pretrain.checkpoint") else ()
-        suited = OmegaConf.from_dotlist([*SUITED.get(data, ()), *SUITED.get((data, method), ()), *trained])
+        suited = OmegaConf.from_dotlist(
+            [*SUITED.get(data, ()), *SUITED.get((data, method), ()), *trained, f"data.name={data}"]
+        )
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), suited, given))
     except OmegaConfBaseException as error:
         raise one_line(error, path) from None

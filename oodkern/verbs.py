@@ -11,15 +11,22 @@ from pathlib import Path
 import torch
 
 from oodkern import tables
-from oodkern.config import ConfigError, load_config, to_yaml
+from oodkern.config import ConfigError, load_config, read_given, to_yaml
 from oodkern.data import DataError, build_split
 from oodkern.data.images import image_files
+from oodkern.data.options import check_names
 from oodkern.data.sources import with_more_ood
+from oodkern.outlier_sets import open_candidates, rank_outlier_sets
+from oodkern.report.comparison import write_comparison
+from oodkern.report.spectra import outlier_set_figure, ranking_record, ranking_table
 from oodkern.training import Detector, load_run
 from oodkern.training import evaluate as judge
 from oodkern.training import train as run_training
+from oodkern.training.comparison import BASELINE
 from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
+from oodkern.training.files import write_text
+from oodkern.training.start import find_device
 
 OK, WRONG = 0, 2
 SCORE_BATCH = 256
@@ -149,8 +156,67 @@ def compare(options: argparse.Namespace, command: list[str]) -> int:
         found = run_comparison(options.methods, options.seeds, splits, overrides, path, log)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
+    config = load_config(path, [*overrides, f"method={BASELINE}"])
+    folder = Path(config.output if "output" in read_given(path, overrides) else "runs/compare")
+    page = write_comparison(found, folder / "comparison.html", shlex.join(command), config.data.name)
+    log(f"the page is {page}")
     if options.json:
         print(json.dumps(found.as_dict(shlex.join(command)), indent=1))
     else:
         print(found.table())
     return OK
+
+
+def select_outliers(options: argparse.Namespace, command: list[str]) -> int:
+    sources = named_sources(options.words)
+    if not 1 <= options.batch_size <= options.images:
+        raise ConfigError(
+            f"--batch-size, --images: expected a batch from 1 to --images={options.images}, got {options.batch_size}"
+        )
+    detector = load_run(options.run, options.checkpoint)
+    data = detector.config.data
+    try:
+        split = build_split(data)
+        if split.train.shape != detector.shape:
+            raise ConfigError(f"data: expected images of the run's shape {detector.shape}, got {split.train.shape}")
+        opened = open_candidates(sources, split, data.split)
+        for name, (images, left_out) in opened.items():
+            if left_out:
+                print(f"{name}: {left_out:,} images of the ID set left out, {len(images):,} stay", file=sys.stderr)
+        ranked = rank_outlier_sets(
+            detector.model.to(find_device("auto")),
+            split.train,
+            {name: images for name, (images, _) in opened.items()},
+            options.batch_size,
+            options.images // options.batch_size,
+            options.top,
+            options.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    figure = Path(options.out or options.run) / "outlier-sets.svg"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    write_text(figure, outlier_set_figure(ranked, options.top))
+    if options.json:
+        asked = {name: getattr(options, name) for name in ("run", "checkpoint", "batch_size", "top", "seed")}
+        print(json.dumps({**asked, **ranking_record(ranked, sources), "figure": str(figure)}, indent=2))
+    else:
+        print(f"{ranking_table(ranked, options.batch_size)}\n\nThe spectra and the distances are in {figure}")
+    return OK
+
+
+def named_sources(words: list[str]) -> dict[str, str]:
+    """NAME=SOURCE words. Raises ConfigError for another word, and for a name that is none or comes twice."""
+    sources: dict[str, str] = {}
+    for word in words:
+        name, _, source = word.partition("=")
+        if not name or not source:
+            raise ConfigError(f"{word}: expected NAME=SOURCE")
+        try:
+            check_names([name])
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("data.ood.")) from None
+        if name in sources:
+            raise ConfigError(f"{name}: two sets have that name; expected another name for one of them")
+        sources[name] = source
+    return sources

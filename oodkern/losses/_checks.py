@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oodkern.ops._checks import check_logits, check_tensor
+from oodkern.ops._checks import INTEGERS, check_logits, check_tensor
 from oodkern.ops._product import check_beside, check_head
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Labels that are looked at together: a mask of them takes so many bytes.
 LABELS = 1 << 22
-
-
-def check_non_negative(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number that is not negative, got {value}")
-    return float(value)
-
-
-def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
 
 
 def check_logit_rows(logits: Tensor, logits_ood: Tensor | None) -> None:

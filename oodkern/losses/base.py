@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from oodkern.backends import backend_for
-from oodkern.losses._checks import check_choice, check_fused, check_logit_rows, check_target
+from oodkern.losses._checks import check_fused, check_logit_rows, check_target
 from oodkern.losses._slopes import Key, Slope, Slopes, upstreams
 from oodkern.losses.logits import FusedLogits, FusedPart, GivenLogits, Head, Logits
 from oodkern.ops import Upstream
-from oodkern.ops._checks import score_dtype
+from oodkern.ops._checks import check_choice, score_dtype
 from oodkern.ops._foreseen import can_foresee
 from oodkern.ops._product import autocast
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
+COUPLED = REDUCTIONS[:-1]  # those of losses whose terms are not all of rows
 
 # A term of a loss: its weight and its value for each row.
 Terms = Mapping[str, tuple[float, Tensor]]
@@ -55,9 +56,9 @@ class OutlierLoss(nn.Module):
         none: one number a row, in the order of the rows (split: ID first)
     """
 
-    def __init__(self, reduction: str, multi_label: bool) -> None:
+    def __init__(self, reduction: str, multi_label: bool, reductions: tuple[str, ...] = REDUCTIONS) -> None:
         super().__init__()
-        self.reduction = check_choice(reduction, "reduction", REDUCTIONS)
+        self.reduction = check_choice(reduction, "reduction", reductions)
         self.multi_label = bool(multi_label)
 
     @property
@@ -79,6 +80,14 @@ class OutlierLoss(nn.Module):
     def ood_terms(self, logits: Logits, skip: Tensor | None = None) -> Terms:
         """The terms of outlier rows; `skip` marks the in-distribution ones."""
         raise NotImplementedError
+
+    def pair_terms(self, known: Logits, unknown: Logits, target: Tensor, is_ood: Tensor | None) -> Terms:
+        """Terms that couple ID rows with outliers: scalars, means over pairs of them.
+
+        In a mixed batch both arguments are the whole of it, and `is_ood` tells its rows apart. A loss that has such a
+        term is not separable, and has no reduction "none".
+        """
+        return {}
 
     def slopes(self, classes: int) -> tuple[Slopes, Slopes]:
         """The slopes of the ID rows' terms and of the outliers' in their scores, where they can be foreseen.
@@ -206,17 +215,21 @@ class OutlierLoss(nn.Module):
         self, known: Logits, target: Tensor, unknown: Logits, counts: tuple[Any, Any], return_parts: bool
     ) -> Loss:
         ood_terms = self.ood_terms(unknown)  # first: see FusedPart
-        return self._reduce(self.id_terms(known, target), ood_terms, counts, None, return_parts)
+        id_terms = self.id_terms(known, target)
+        pairs = self.pair_terms(known, unknown, target, None)
+        return self._reduce(id_terms, ood_terms, pairs, counts, None, return_parts)
 
     def _mixed(self, logits: Logits, target: Tensor, is_ood: Tensor, return_parts: bool) -> Loss:
         ood_terms = self.ood_terms(logits, ~is_ood)
         id_terms = self.id_terms(logits, target, is_ood)
-        return self._reduce(id_terms, ood_terms, ((~is_ood).sum(), is_ood.sum()), is_ood, return_parts)
+        pairs = self.pair_terms(logits, logits, target, is_ood)
+        return self._reduce(id_terms, ood_terms, pairs, ((~is_ood).sum(), is_ood.sum()), is_ood, return_parts)
 
     def _reduce(
         self,
         id_terms: Terms,
         ood_terms: Terms,
+        pairs: Terms,
         counts: tuple[Any, Any],
         is_ood: Tensor | None,
         return_parts: bool,
@@ -226,19 +239,23 @@ class OutlierLoss(nn.Module):
                 return rows
             return torch.where(is_ood if outliers else ~is_ood, rows, 0.0)
 
-        def reduce(rows: Tensor, count: int | Tensor) -> Tensor:
-            if self.reduction == "none":
-                return rows
+        def divisor(count: int | Tensor) -> int | Tensor:
+            """What a sum over so many rows is divided by."""
             if self.reduction == "sum":
-                return rows.sum()
+                return 1
             if self.reduction == "batchmean":
                 count = counts[0] + counts[1]
-            return rows.sum() / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+            return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+        def reduce(rows: Tensor, count: int | Tensor) -> Tensor:
+            return rows if self.reduction == "none" else rows.sum() / divisor(count)
 
         kept = [
             {name: (weight, keep(rows, outliers)) for name, (weight, rows) in terms.items()}
             for terms, outliers in ((id_terms, False), (ood_terms, True))
         ]
+        # A mean over pairs counts as the mean over the outliers of each one's mean over its partners.
+        coupled = {name: (weight, mean * (counts[1] / divisor(counts[1]))) for name, (weight, mean) in pairs.items()}
         # A side without terms is zeros of its length.
         first = next(iter(kept[0].values()))[1]
         lengths = counts if is_ood is None else (len(first), len(first))
@@ -250,6 +267,7 @@ class OutlierLoss(nn.Module):
             loss = torch.cat(totals) if is_ood is None else totals[0] + totals[1]
         else:
             loss = reduce(totals[0], counts[0]) + reduce(totals[1], counts[1])
+            loss = sum((weight * mean for weight, mean in coupled.values()), start=loss)
         if not return_parts:
             return loss
         parts = {
@@ -257,4 +275,4 @@ class OutlierLoss(nn.Module):
             for terms, count in zip(kept, counts, strict=True)
             for name, (_, rows) in terms.items()
         }
-        return loss, parts
+        return loss, parts | {name: mean.detach() for name, (_, mean) in coupled.items()}

@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from oodkern.losses._checks import check_non_negative
 from oodkern.losses._slopes import Slope, Slopes
 from oodkern.losses.base import OutlierLoss, Terms
 from oodkern.losses.logits import Logits
-from oodkern.ops._checks import check_temperature
+from oodkern.ops._checks import check_non_negative, check_temperature
 
 
 class EnergyLoss(OutlierLoss):

@@ -9,7 +9,7 @@ from torch import Tensor
 from oodkern import reference
 from oodkern.losses._selection import Select
 from oodkern.losses._slopes import Key
-from oodkern.ops import Upstream, energy, joint_energy, linear_energy, linear_joint_energy
+from oodkern.ops import Upstream, alignment, energy, joint_energy, linear_energy, linear_joint_energy
 from oodkern.ops._checks import score_dtype
 
 
@@ -23,6 +23,22 @@ class Logits:
 
     def __init__(self) -> None:
         self._formed: list[tuple[str, float, Tensor]] = []
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        """The features [N, D] of the rows and the class weights [K, D], these without a gradient, in one dtype."""
+        raise NotImplementedError
+
+    def alignment(self) -> Tensor:
+        """mean_c |cos(x, w_c)|."""
+        return alignment(*self.geometry())
+
+    def own_cosine(self, target: Tensor) -> Tensor:
+        """cos(x, w_y) of the row's class, [N]. Without meaning for rows with targets < 0."""
+        features, weight = self.geometry()
+        if not len(weight):
+            return reference.widen(features).sum(-1)
+        own = weight[target.long().clamp_min(0)]
+        return (reference.unit(reference.widen(features)) * reference.unit(reference.widen(own))).sum(-1)
 
     def formed(self, score: str, temperature: float) -> Tensor | None:
         # Compared, not hashed: under torch.compile a temperature may be symbolic.
@@ -56,11 +72,26 @@ class Logits:
 
 
 class GivenLogits(Logits):
-    """Of logits [N, K], and of the targets of in-distribution rows: [N], multi-label [N, K]."""
+    """Of logits [N, K], and of the targets of in-distribution rows: [N], multi-label [N, K].
 
-    def __init__(self, logits: Tensor, target: Tensor | None = None) -> None:
+    Losses of directions also need the features [N, D] and the class weights [K, D] that made them.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        features: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.logits, self.target, self.classes = logits, target, logits.shape[-1]
+        self.features, self.weight = features, weight
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        assert self.features is not None
+        assert self.weight is not None
+        return self.features, self.weight.detach().to(self.features.dtype)
 
     def form(self, score: str, temperature: float) -> Tensor:
         return energy(self.logits, temperature) if score == "energy" else joint_energy(self.logits)
@@ -85,6 +116,7 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+        self.directions = weight.detach()
 
     def select(self, features: Tensor, selection: Tensor | None) -> Tensor:
         """x . (A W) + A b of each row, [N], in float32 at least. Selections: see `_selection`."""
@@ -111,6 +143,9 @@ class FusedLogits(Logits):
         self._chosen = None
         if target is not None and (target.dim() == 2 or self.classes):
             self._chosen = head.select(features, target if target.dim() == 2 else target.long().clamp_min(0))
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        return self.features, self.head.directions.to(self.features.dtype)
 
     def form(self, score: str, temperature: float) -> Tensor:
         # Without any, nothing is looked up: under torch.compile a temperature may be symbolic.

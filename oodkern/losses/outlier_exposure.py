@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from oodkern.losses._checks import check_non_negative
 from oodkern.losses._slopes import Slope, Slopes
 from oodkern.losses.base import OutlierLoss, Terms
 from oodkern.losses.logits import Logits
+from oodkern.ops._checks import check_non_negative
 
 
 class OutlierExposureLoss(OutlierLoss):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from oodkern.classifier import Classifier, Output
+from oodkern.data import OODSplit
+from oodkern.methods.objective import Objective
 from oodkern.ops import energy, joint_energy
 
 # The scores of a plain classifier, which methods have to beat.
@@ -31,35 +35,61 @@ def as_score(name: str, logits: Tensor, temperature: float = 1.0) -> Tensor:
     raise ValueError(f"name: expected one of energy, msp, joint_energy, max_logit, got {name!r}")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a method's stage begins with."""
+
+    model: Classifier  # the starting model, in evaluation mode; not the one that is trained
+    split: OODSplit
+    batch_size: int  # ID images a step
+    outlier_batch_size: int
+    seed: int
+    load_classifier: Callable[[str], Classifier]  # of a run folder or a checkpoint of one; ConfigError
+
+
 class Method:
     """Binds a loss, its outlier stream and its score. `Options` is a dataclass: the schema of `loss.*` in a config."""
 
     name: ClassVar[str]
     Options: ClassVar[type]
     uses_outliers: ClassVar[bool] = True
-    score_names: ClassVar[tuple[str, str]]  # of a multi-class and of a multi-label classifier
+    score_names: ClassVar[tuple[str | None, str | None]]  # of single- and multi-label classifiers; None: not for them
 
     def __init__(self, options: Any, multi_label: bool = False) -> None:
         """Raises ValueError where the options do not make a loss: a run must not find that out after pretraining."""
         self.options, self.multi_label = options, multi_label
+        if self.score_names[multi_label] is None:
+            kind, other = ("multi-label", "single-label") if multi_label else ("single-label", "multi-label")
+            raise ValueError(f"method: {self.name} is for {other} data, and data.name is {kind}")
         self.build_loss({})
 
     @property
     def score_name(self) -> str:
-        return self.score_names[self.multi_label]
+        name = self.score_names[self.multi_label]
+        assert name is not None
+        return name
+
+    def score(self, outputs: Output, weight: Tensor) -> Tensor:
+        """The outlier score [N], larger = more OOD, of what a model makes of images and of its head's weight [K, D]."""
+        return as_score(self.score_name, outputs.logits)
 
     def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
-        """What the loss takes from the starting model's logits of both training sets, such as margins."""
+        """What the loss takes from the starting model's logits of both training sets, such as margins: plain values."""
         return {}
 
-    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
-        """The loss of the options and of what was decided; of the options alone where that is empty."""
+    def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
+        """The loss of the options and of what was decided; of the options alone, to check them, where there is none."""
         raise NotImplementedError
+
+    def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
+        """What the method's stage trains."""
+        return Objective(self.build_loss(decided, setting))
 
     def describe(self, decided: dict[str, Any]) -> str:
         """What was decided, in one line for a person."""
         return ", ".join(f"{name} {value}" for name, value in decided.items())
 
-    @torch.no_grad()
-    def score(self, logits: Tensor) -> Tensor:
-        return as_score(self.score_name, logits)
+
+def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers of one step, the same whether or not the run was resumed before it."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from oodkern.losses import ClassificationLoss
-from oodkern.methods.base import Method
+from oodkern.methods.base import Method, Setting
 
 
 @dataclass
@@ -23,5 +23,5 @@ class CrossEntropy(Method):
     uses_outliers = False
     score_names = ("energy", "joint_energy")
 
-    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+    def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         return ClassificationLoss(multi_label=self.multi_label)

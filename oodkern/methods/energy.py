@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from oodkern._options import option
+from oodkern.classifier import Output
 from oodkern.losses import EnergyLoss
-from oodkern.methods.base import Method, as_score
+from oodkern.methods.base import Method, Setting, as_score
 
 # Which quantiles of the starting model's energies become margins. See `auto_margins`.
 ID_QUANTILE, OUTLIER_QUANTILE = 0.25, 0.75
@@ -45,6 +46,33 @@ def auto_margins(id_energies: Tensor, outlier_energies: Tensor) -> tuple[float, 
     return middle - apart / 2, middle + apart / 2
 
 
+def decide_margins(options: Any, id_energies: Tensor, outlier_energies: Tensor) -> dict[str, Any]:
+    """The margins of options with `margins`, `margin_in` and `margin_out`, and the shares that satisfy them."""
+    margin_in, margin_out = options.margin_in, options.margin_out
+    if options.margins == "auto":
+        margin_in, margin_out = auto_margins(id_energies, outlier_energies)
+    return {
+        "margins": options.margins,
+        "margin_in": margin_in,
+        "margin_out": margin_out,
+        "id_inside": float((id_energies <= margin_in).float().mean()),
+        "outliers_inside": float((outlier_energies >= margin_out).float().mean()),
+    }
+
+
+def describe_margins(decided: Mapping[str, Any]) -> str:
+    return (
+        f"margins ({decided['margins']}): ID energies under {decided['margin_in']:.2f} "
+        f"({decided['id_inside']:.0%} are), outliers' over {decided['margin_out']:.2f} "
+        f"({decided['outliers_inside']:.0%} are)"
+    )
+
+
+def check_margins(options: Any) -> None:
+    if options.margins not in ("auto", "fixed"):
+        raise ValueError(f"loss.margins: expected auto or fixed, got {options.margins!r}")
+
+
 class Energy(Method):
     name = "energy"
     Options = EnergyOptions
@@ -52,26 +80,19 @@ class Energy(Method):
 
     def __init__(self, options: EnergyOptions, multi_label: bool = False) -> None:
         super().__init__(options, multi_label)
-        if options.margins not in ("auto", "fixed"):
-            raise ValueError(f"loss.margins: expected auto or fixed, got {options.margins!r}")
+        check_margins(options)
 
-    def score(self, logits: Tensor) -> Tensor:
+    def energy(self, logits: Tensor) -> Tensor:
+        """What the margins speak of, and the score."""
         return as_score(self.score_name, logits, self.options.temperature)
 
-    def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
-        id_energies, outlier_energies = self.score(id_logits), self.score(outlier_logits)
-        margin_in, margin_out = self.options.margin_in, self.options.margin_out
-        if self.options.margins == "auto":
-            margin_in, margin_out = auto_margins(id_energies, outlier_energies)
-        return {
-            "margins": self.options.margins,
-            "margin_in": margin_in,
-            "margin_out": margin_out,
-            "id_inside": float((id_energies <= margin_in).float().mean()),
-            "outliers_inside": float((outlier_energies >= margin_out).float().mean()),
-        }
+    def score(self, outputs: Output, weight: Tensor) -> Tensor:
+        return self.energy(outputs.logits)
 
-    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+    def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
+        return decide_margins(self.options, self.energy(id_logits), self.energy(outlier_logits))
+
+    def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
         return EnergyLoss(
             options.alpha,
@@ -82,8 +103,4 @@ class Energy(Method):
         )
 
     def describe(self, decided: dict[str, Any]) -> str:
-        return (
-            f"margins ({decided['margins']}): ID energies under {decided['margin_in']:.2f} "
-            f"({decided['id_inside']:.0%} are), outliers' over {decided['margin_out']:.2f} "
-            f"({decided['outliers_inside']:.0%} are)"
-        )
+        return describe_margins(decided)

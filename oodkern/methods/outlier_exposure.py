@@ -10,7 +10,7 @@ from torch import nn
 
 from oodkern._options import option
 from oodkern.losses import OutlierExposureLoss
-from oodkern.methods.base import Method
+from oodkern.methods.base import Method, Setting
 
 
 @dataclass
@@ -25,5 +25,5 @@ class OutlierExposure(Method):
     Options = OutlierExposureOptions
     score_names = ("msp", "joint_energy")
 
-    def build_loss(self, decided: Mapping[str, Any]) -> nn.Module:
+    def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         return OutlierExposureLoss(alpha=self.options.alpha, multi_label=self.multi_label)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from oodkern.backends import DTYPES
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_tensor(value: Any, name: str) -> None:
@@ -28,6 +31,27 @@ def check_logits(value: Any, name: str = "logits") -> None:
         raise ValueError(f"{name}: expected [..., K], got a tensor without dimensions")
 
 
+def check_non_negative(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number that is not negative, got {value}")
+    return float(value)
+
+
+def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_count(value: Any, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+
+
 # z / T is formed in float32: 2^100 keeps 1 / T and what it multiplies within its range.
 LARGEST_TEMPERATURE = 2.0**100
 
@@ -38,6 +62,15 @@ def check_temperature(value: Any, name: str = "temperature") -> float:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 1 / LARGEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
         raise ValueError(f"{name}: expected a positive number (between 2^-100 and 2^100), got {value}")
+    return float(value)
+
+
+def check_margin(value: Any) -> float:
+    """Comparisons alone, no math.isfinite: under torch.compile the value may be symbolic."""
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"margin: expected a number, got {type(value).__name__}")
+    if not -1e30 <= value <= 1e30:  # its square is to stay finite in float64
+        raise ValueError(f"margin: expected a finite number (between -1e30 and 1e30), got {value}")
     return float(value)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._checks import LARGEST_TEMPERATURE, check_temperature, check_tensor, score_dtype
+from oodkern.ops._checks import INTEGERS, LARGEST_TEMPERATURE, check_temperature, check_tensor, score_dtype
 from oodkern.ops._product import (
     autocast,
     check_beside,
@@ -31,8 +31,6 @@ from oodkern.ops._product import (
     register_fake,
     wanted,
 )
-
-LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def info_nce(
@@ -110,7 +108,7 @@ def _is_batched(tensor: Tensor) -> bool:
 
 def _indices(value: Any, name: str, count: int, beside: Tensor) -> Tensor:
     check_tensor(value, name)
-    if value.dtype not in LABELS:
+    if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers, got {str(value.dtype).removeprefix('torch.')}")
     if tuple(value.shape) != (count,):
         raise ValueError(f"{name}: expected [{count}], one number a row, got {list(value.shape)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from oodkern import reference
 from oodkern.backends import DTYPES, backend_for
 from oodkern.ops._autograd import _over_rows
-from oodkern.ops._checks import check_logits, check_tensor, score_dtype
+from oodkern.ops._checks import check_logits, check_margin, check_tensor, score_dtype
 from oodkern.ops._foreseen import factor_of, formed_with_values, readable
 from oodkern.ops._product import check_beside, no_second, raw, register_fake
 
@@ -79,7 +79,7 @@ def energy_head(logits: Tensor, margin: float, side: str, *, upstream: Tensor | 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
     check_logits(logits)
-    margin = _check_margin(margin)
+    margin = check_margin(margin)
     if side not in ("in", "out"):
         raise ValueError(f"side: expected 'in' or 'out', got {side!r}")
     upstream = _foreseen(upstream, logits)
@@ -119,15 +119,6 @@ def bce_head(logits: Tensor, target: Tensor, *, upstream: Tensor | float | None 
     if backend_for("heads", logits) == "reference":
         return reference.bce_head(logits, target)
     return _apply("bce", logits, target, 0.0, upstream)
-
-
-def _check_margin(value: Any) -> float:
-    """Comparisons alone, no math.isfinite: under torch.compile the value may be symbolic."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"margin: expected a number, got {type(value).__name__}")
-    if not -1e30 <= value <= 1e30:  # its square is to stay finite in float64
-        raise ValueError(f"margin: expected a finite number (between -1e30 and 1e30), got {value}")
-    return float(value)
 
 
 def _foreseen(value: Any, logits: Tensor) -> Tensor | None:

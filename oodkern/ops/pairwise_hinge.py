@@ -10,7 +10,6 @@ The counts are the slopes, and they are all that the backward pass reads.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._checks import check_floating
+from oodkern.ops._checks import check_floating, check_margin
 from oodkern.ops._product import check_beside, one_by_one, raw, register_fake
 
 
@@ -48,7 +47,7 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
     _check_scores(id_score, "id_score", "N")
     _check_scores(ood_score, "ood_score", "M")
     check_beside(ood_score, "ood_score", id_score, "id_score", dtype=not reference.autocasting(id_score))
-    margin = _check_margin(margin)
+    margin = check_margin(margin)
     id_score, ood_score = reference.widen(id_score), reference.widen(ood_score)
     dtype = torch.promote_types(id_score.dtype, ood_score.dtype)
     id_score, ood_score = id_score.to(dtype), ood_score.to(dtype)
@@ -62,15 +61,6 @@ def _check_scores(value: Any, name: str, size: str) -> None:
     check_floating(value, name)
     if value.dim() != 1:
         raise ValueError(f"{name}: expected [{size}], one number a sample, got {list(value.shape)}")
-
-
-def _check_margin(value: Any) -> float:
-    """Comparisons alone: under torch.compile the value may be symbolic."""
-    if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"margin: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"margin: expected a finite number, got {value}")
-    return float(value)
 
 
 class PairwiseHinge(torch.autograd.Function):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._checks import check_floating, check_tensor, score_dtype
+from oodkern.ops._checks import INTEGERS, check_count, check_floating, check_tensor, score_dtype
 from oodkern.ops._product import check_beside, check_matrix, raw, register_fake
 
 
@@ -56,9 +56,6 @@ class ClusterExtremes(NamedTuple):
     highest: Tensor
 
 
-LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
 @torch.no_grad()
 def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: int = 1) -> ClusterExtremes:
     """The samples of lowest and of highest score in each cluster, as indices into `score`.
@@ -85,7 +82,7 @@ def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: in
     if score.dim() != 1:
         raise ValueError(f"score: expected [N], one number a sample, got {list(score.shape)}")
     check_tensor(cluster, "cluster")
-    if cluster.dtype not in LABELS:
+    if cluster.dtype not in INTEGERS:
         raise TypeError(f"cluster: expected integers, got {str(cluster.dtype).removeprefix('torch.')}")
     if cluster.shape != score.shape:
         raise ValueError(f"cluster: expected {list(score.shape)} as score is, got {list(cluster.shape)}")
@@ -101,13 +98,6 @@ def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: in
     if backend == "reference":
         return ClusterExtremes(*reference.cluster_extremes(score, cluster, clusters, per_side))
     return ClusterExtremes(*raw(backend, "cluster_extremes", score, cluster, clusters, per_side))
-
-
-def check_count(value: Any, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected {least} or more, got {value}")
 
 
 def _fake_nearest(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._checks import check_floating, score_dtype
+from oodkern.ops._checks import check_count, check_floating, score_dtype
 from oodkern.ops._product import raw, register_fake
-from oodkern.ops.select import check_count
 
 LEAST_SPARE = 64  # candidates beyond k, at least
 

@@ -16,7 +16,7 @@ from oodkern.data import ImageSet
 from oodkern.report import plots
 from oodkern.tables import LEGEND, evaluation_head, evaluation_rows
 from oodkern.training import files
-from oodkern.training.evaluation import SAMPLE, logits_of, name_of, predicted
+from oodkern.training.evaluation import SAMPLE, logits_of, name_of, predicted, scored
 from oodkern.training.folder import environment
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def hardest(run: Run) -> str:
     """The OOD images that look most like ID ones, and the ID images that look least like it."""
     rows = [(f"OOD, {name}", images, run.method.scores[name], False) for name, images in run.split.test_ood.items()]
     limit = min(len(run.split.outliers), SAMPLE)
-    scores = run.score(logits_of(run.model, run.split.outliers, limit=limit))
+    scores = scored(run.model, run.split.outliers, {"": run.score}, limit=limit).scores[""]
     chosen = run.split.outliers.select(torch.arange(limit) * len(run.split.outliers) // limit)
     rows.append(("Outliers trained with", chosen, scores, False))
     rows.append(("ID, hardest to accept", run.split.test, run.method.scores["id"], True))

@@ -56,9 +56,9 @@ class Detector:
     def predict(self, images: Tensor) -> Prediction:
         if images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
             raise ValueError(f"images: expected [N, {', '.join(map(str, self.shape))}], got {list(images.shape)}")
-        logits = self.model(images)
-        score = self.method.score(logits)
-        return Prediction(predicted(logits, self.method.multi_label), score, score > self.threshold)
+        outputs = self.model.outputs(images)
+        score = self.method.score(outputs, self.model.head.weight)
+        return Prediction(predicted(outputs.logits, self.method.multi_label), score, score > self.threshold)
 
     def read(self, path: Path) -> Tensor:
         """[C, H, W] of an image file. Raises DataError with its path where it is none."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from oodkern.classifier import Classifier, Output
 from oodkern.data import ImageSet, OODSplit
+from oodkern.methods import as_score
 from oodkern.metrics import OODMetrics, accuracy, mean_average_precision, ood_metrics
 
+# An outlier score [N] of what a model makes of images, and of its head's weight [K, D]; larger = more OOD.
+Score = Callable[[Output, Tensor], Tensor]
 # Logits of so many images decide margins: their quantiles are then known to a percent.
 SAMPLE = 10_000
 
@@ -33,11 +38,26 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     return max(evaluations, key=lambda one: one.mean_auroc)
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, images: ImageSet, batch_size: int = 512, limit: int = 0) -> Tensor:
-    """Logits [N, K] on the CPU, in evaluation mode; the model's mode is restored.
+def plain_score(name: str, outputs: Output, weight: Tensor) -> Tensor:
+    """One of logits alone, by its name."""
+    return as_score(name, outputs.logits)
 
-    With a `limit`, of as many images at most, evenly spaced.
+
+class Judged(NamedTuple):
+    """Of images, on the CPU: logits [N, K] float32, and outlier scores [N] by name."""
+
+    logits: Tensor
+    scores: dict[str, Tensor]
+
+
+@torch.no_grad()
+def scored(
+    model: Classifier, images: ImageSet, scores: Mapping[str, Score], batch_size: int = 512, limit: int = 0
+) -> Judged:
+    """Logits and scores of images, in evaluation mode; the model's mode is restored.
+
+    Features, which some scores are made of, are kept for one batch alone. With a `limit`, of as many images at most,
+    evenly spaced.
     """
     device = next(model.parameters()).device
     indices = torch.arange(len(images))
@@ -45,15 +65,23 @@ def logits_of(model: nn.Module, images: ImageSet, batch_size: int = 512, limit: 
         indices = torch.arange(limit) * len(images) // limit
     was_training = model.training
     model.eval()
+    logits: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {name: [] for name in scores}
     try:
-        return torch.cat([model(images.images(batch).to(device)).float().cpu() for batch in indices.split(batch_size)])
+        for batch in indices.split(batch_size):
+            pixels = images.images(batch).to(device)
+            outputs = model.outputs(pixels) if scores else Output(model(pixels), pixels)
+            logits.append(outputs.logits.float().cpu())
+            for name, score in scores.items():
+                found[name].append(score(outputs, model.head.weight).cpu())
     finally:
         model.train(was_training)
+    return Judged(torch.cat(logits), {name: torch.cat(batches) for name, batches in found.items()})
 
 
-def logits_of_test(model: nn.Module, split: OODSplit) -> dict[str, Tensor]:
-    """Logits of the ID test images, under "id", and of each OOD set."""
-    return {name: logits_of(model, images) for name, images in {"id": split.test, **split.test_ood}.items()}
+def logits_of(model: Any, images: ImageSet, batch_size: int = 512, limit: int = 0) -> Tensor:
+    """Logits [N, K] on the CPU, in evaluation mode; see `scored`."""
+    return scored(model, images, {}, batch_size, limit).logits
 
 
 def predicted(logits: Tensor, multi_label: bool) -> Tensor:
@@ -73,19 +101,18 @@ def correct(logits: Tensor, labels: Tensor) -> float:
     return accuracy(logits.argmax(-1), labels) if labels.dim() == 1 else mean_average_precision(logits, labels)
 
 
-def judge(
-    logits: Mapping[str, Tensor], labels: Tensor, score_name: str, score: Callable[[Tensor], Tensor]
-) -> Evaluation:
-    """The OOD metrics of a score of logits, from what `logits_of_test` gives."""
-    scores = {name: score(one) for name, one in logits.items()}
-    return Evaluation(
-        score_name=score_name,
-        accuracy=correct(logits["id"], labels),
-        ood={name: ood_metrics(scores["id"], one) for name, one in scores.items() if name != "id"},
-        scores=scores,
-    )
+def judge(model: Classifier, split: OODSplit, scores: Mapping[str, Score]) -> list[Evaluation]:
+    """Accuracy on the ID test images, and the OOD metrics of each score against each OOD set."""
+    judged = {name: scored(model, images, scores) for name, images in {"id": split.test, **split.test_ood}.items()}
+    accuracy = correct(judged["id"].logits, split.test.labels)
+    evaluations = []
+    for score in scores:
+        by_set = {name: one.scores[score] for name, one in judged.items()}
+        ood = {name: ood_metrics(by_set["id"], values) for name, values in by_set.items() if name != "id"}
+        evaluations.append(Evaluation(score, accuracy, ood, by_set))
+    return evaluations
 
 
-def evaluate(model: nn.Module, split: OODSplit, score_name: str, score: Callable[[Tensor], Tensor]) -> Evaluation:
-    """Accuracy on the ID test images, and the OOD metrics of a score (of logits) against each OOD set."""
-    return judge(logits_of_test(model, split), split.test.labels, score_name, score)
+def evaluate(model: Classifier, split: OODSplit, score_name: str, score: Score) -> Evaluation:
+    """Accuracy on the ID test images, and the OOD metrics of a score (see `Score`) against each OOD set."""
+    return judge(model, split, {score_name: score})[0]

@@ -1,4 +1,4 @@
-"""Files of a run: written under a temporary name and renamed, so that a killed run leaves no half of one."""
+"""Files of a run. See `oodkern._files` for how they are written."""
 
 from __future__ import annotations
 
@@ -13,22 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, content: str) -> None:
-    write_bytes(path, content.encode())
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+from oodkern._files import write_bytes as write_bytes
+from oodkern._files import write_json as write_json
+from oodkern._files import write_text as write_text
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from oodkern.config import ScheduleConfig, TrainConfig
 from oodkern.data import Batches, ImageSet, OODSplit, augmentation, stream
+from oodkern.methods.objective import Batch, Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 1.0  # a float16 gradient that overflows even at this scale is no matter of scale
@@ -33,12 +34,16 @@ def rate_at(step: int, steps: int, warmup: int, schedule: ScheduleConfig) -> flo
     return 1.0
 
 
-def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: TrainConfig, rates: list[tuple[list[nn.Parameter], float]], lr: float
+) -> torch.optim.Optimizer:
+    """`rates`: parameters, and their learning rates in units of `lr`; kept in each group as `factor`."""
     options = config.optimizer
+    groups = [{"params": parameters, "factor": factor} for parameters, factor in rates if parameters]
     if options.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=options.weight_decay)
     return torch.optim.SGD(
-        parameters,
+        groups,
         lr=lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
@@ -54,8 +59,8 @@ class Stage:
     a term of each, the backward pass of the first comes before the forward pass of the second, so that only one
     part's activations are alive.
 
-    With `head=fused` the model is a Classifier, and the loss is formed of its features and its head: see
-    `oodkern.training.fused`.
+    The loss is formed by an Objective, which also chooses the step's outliers where a method does. With `head=fused` it
+    is formed of the model's features and its head: see `oodkern.training.fused`.
 
     `state_dict()` and `load_state_dict()` carry everything that the next step depends on, the random state of the
     process apart.
@@ -67,12 +72,13 @@ class Stage:
         config: TrainConfig,
         split: OODSplit,
         model: nn.Module,
-        loss: nn.Module,
+        objective: Objective,
         outliers: bool,
         device: torch.device,
     ) -> None:
         self.model: Any = model
-        self.loss: Any = loss
+        self.objective = objective
+        objective.fused = config.head == "fused"
         self.kind, self.config, self.device = kind, config, device
         self.name = config.method if kind == "method" else kind
         options = config.optimizer
@@ -84,12 +90,13 @@ class Stage:
         self.id_batches = self._batches(split.train, options.batch_size, numbers[0], split.augmentation)
         self.outlier_batches = None
         if outliers:
-            self.outlier_batches = self._batches(
-                split.outliers, options.outlier_batch_size, numbers[1], split.outlier_augmentation
-            )
-        self.parameters = [*model.parameters(), *loss.parameters()]
+            size = objective.candidates or options.outlier_batch_size
+            self.outlier_batches = self._batches(split.outliers, size, numbers[1], split.outlier_augmentation)
         self.lr = config.optimizer.lr if kind == "method" else config.pretrain.lr
-        self.optimizer = build_optimizer(config, self.parameters, self.lr)
+        self.optimizer = build_optimizer(
+            config, [(list(model.parameters()), 1.0), *objective.learning_rates()], self.lr
+        )
+        self.parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
         self.warmup = round(config.schedule.warmup * self.steps_per_epoch)
         self.dtype = DTYPES[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -98,6 +105,7 @@ class Stage:
         self.batch: dict[str, Any] | None = None  # of the last step
         self._id_stream: Any = None
         self._outlier_stream: Any = None
+        self._candidates: Tensor | None = None  # the outliers read last
 
     def _batches(self, images: ImageSet, size: int, number: int, augment: str) -> Batches:
         return Batches(images, size, self.config.seed, number, augmentation(augment))
@@ -113,29 +121,35 @@ class Stage:
 
     @property
     def images_per_step(self) -> int:
-        outliers = self.outlier_batches.batch_size if self.outlier_batches else 0
+        outliers = self.config.optimizer.outlier_batch_size if self.outlier_batches else 0
         return self.id_batches.batch_size + outliers
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ID images, their targets, and outliers, on the device."""
+        """ID images, their targets, and the outliers read for this step, on the device."""
         if self._id_stream is None:  # the streams of a resumed stage begin where the last step ended
             workers, pin = self.config.data.workers, self.device.type == "cuda"
             self._id_stream = stream(self.id_batches, self.step, workers, pin)
             if self.outlier_batches is not None:
-                self._outlier_stream = stream(self.outlier_batches, self.step, workers, pin)
+                self._outlier_stream = stream(self.outlier_batches, self.step // self.objective.every, workers, pin)
         images, target = next(self._id_stream)
-        outliers = next(self._outlier_stream)[0] if self._outlier_stream is not None else None
         move = {"device": self.device, "non_blocking": True}
-        return images.to(**move), target.to(**move), None if outliers is None else outliers.to(**move)
+        if self._outlier_stream is not None and (self._candidates is None or self.step % self.objective.every == 0):
+            self._candidates = next(self._outlier_stream)[0].to(**move)
+        return images.to(**move), target.to(**move), self._candidates
 
     def close(self) -> None:
         """Lets go of the streams, and so of their processes."""
-        self._id_stream = self._outlier_stream = None
+        self._id_stream = self._outlier_stream = self._candidates = None
 
     def advance(self) -> dict[str, float]:
         """One step; its loss, the loss's parts, and the norm of the gradient."""
         started = time.perf_counter()
         images, target, outliers = self.next_batch()
+        self.model.train()
+        self.objective.begin(self.step / max(self.steps, 1))
+        if outliers is not None:
+            with self.autocast():
+                outliers = self.objective.choose(self.model, outliers, self.step)
         self.batch = {
             "images": images,
             "target": target,
@@ -143,7 +157,6 @@ class Stage:
             "stage": self.name,
             "step": self.step + 1,
         }
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
         self.scaler.unscale_(self.optimizer)
@@ -153,7 +166,7 @@ class Stage:
         if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < SMALLEST_SCALE):
             raise NotFinite(f"the gradient's norm is {norm}")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate_at(self.step, self.steps, self.warmup, self.config.schedule)
+            group["lr"] = self.lr * group["factor"] * rate_at(self.step, self.steps, self.warmup, self.config.schedule)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -169,37 +182,30 @@ class Stage:
     def splits(self) -> bool:
         return self.config.split_forward and self.outlier_batches is not None
 
-    @property
-    def fused(self) -> bool:
-        return self.config.head == "fused"
-
     def joint(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
+        counts = len(images), 0 if outliers is None else len(outliers)
         if outliers is not None:
             images = torch.cat([images, outliers])
-        return self.backward(*self.loss_of(self.rows(images), target))
+        return self.of_parts([images], target, counts)
 
     def split_forward(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
         assert outliers is not None
-        if not getattr(self.loss, "separable", False):
-            return self.backward(*self.loss_of(torch.cat([self.rows(images), self.rows(outliers)]), target))
-        parts = self.backward(*self.loss_of(self.rows(images), target))
-        more = self.backward(*self.loss_of(self.rows(outliers), target[:0]))
+        counts = len(images), len(outliers)
+        if not getattr(self.objective.loss, "separable", False):
+            return self.of_parts([images, outliers], target, counts)
+        parts = self.of_parts([images], target, counts)
+        more = self.of_parts([outliers], target[:0], counts)
         return {name: parts.get(name, 0.0) + more.get(name, 0.0) for name in {**parts, **more}}
 
-    def rows(self, images: Tensor) -> Tensor:
-        """Of each image what the loss is formed of: its logits, or with a fused head its features."""
+    def of_parts(self, parts: list[Tensor], target: Tensor, counts: tuple[int, int]) -> dict[str, float]:
+        """Forward passes over parts, the loss of all their rows, and its backward pass."""
+        indices = self.id_batches.indices(self.step)
         with self.autocast():
-            return self.model.features(images) if self.fused else self.model(images)
-
-    def loss_of(self, rows: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts of ID rows, as many as there are targets, and of outliers after them."""
-        count = len(target)
-        if not self.fused:
-            known = rows[:count] if count else rows.new_zeros(0, rows.shape[1])
-            return self.loss(known, target, rows[count:], return_parts=True)
-        head = self.model.head
-        with self.autocast():
-            return self.loss.from_features(rows, head.weight, head.bias, target, count, return_parts=True)
+            passes = [self.objective.rows(self.model, part) for part in parts]
+            rows = tuple(torch.cat(one) if len(one) > 1 else one[0] for one in zip(*passes, strict=True))
+            images = torch.cat(parts) if len(parts) > 1 else parts[0]
+            found = self.objective.loss_of(self.model, rows, Batch(images, target, counts, indices, self.step))
+        return self.backward(*found)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -222,7 +228,7 @@ class Stage:
         return {
             "step": self.step,
             "totals": self.totals,
-            "loss": self.loss.state_dict(),
+            **self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -230,6 +236,6 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
         self.step, self.totals = state["step"], dict(state["totals"])
-        self.loss.load_state_dict(state["loss"])
+        self.objective.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -10,6 +10,7 @@ from oodkern._errors import brief
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit
+from oodkern.methods import Setting
 from oodkern.models import build_model
 from oodkern.training import files
 
@@ -34,6 +35,31 @@ def build_classifier(config: TrainConfig, split: OODSplit) -> Classifier:
     if config.pretrain.checkpoint:
         load_weights(classifier, Path(config.pretrain.checkpoint))
     return classifier
+
+
+def setting_of(config: TrainConfig, split: OODSplit, baseline: Classifier, device: torch.device) -> Setting:
+    """What the method's stage begins with."""
+    return Setting(
+        model=baseline.eval().requires_grad_(False),
+        split=split,
+        batch_size=config.optimizer.batch_size,
+        outlier_batch_size=config.optimizer.outlier_batch_size,
+        seed=config.seed,
+        load_classifier=lambda path: load_classifier(path, split).to(device),
+    )
+
+
+def load_classifier(path: str, split: OODSplit) -> Classifier:
+    """The model of a run folder, in evaluation mode and without gradients. Raises ConfigError."""
+    from oodkern.training.detector import load_run
+
+    detector = load_run(path)
+    if detector.classes != split.classes or detector.shape != split.train.shape:
+        raise ConfigError(
+            f"{path}: expected a run on the classes {', '.join(split.classes)} at {split.train.shape}, got "
+            f"{', '.join(detector.classes)} at {detector.shape}"
+        )
+    return detector.model.eval().requires_grad_(False)
 
 
 def statistics(images: ImageSet, limit: int = 2000, batch_size: int = 256) -> tuple[list[float], list[float]]:

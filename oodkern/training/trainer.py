@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
@@ -18,19 +17,20 @@ from oodkern.data import ImageSet, OODSplit, build_split
 from oodkern.data.options import OWN
 from oodkern.data.sources import ready
 from oodkern.losses import ClassificationLoss
-from oodkern.methods import BASELINE_SCORES, METHODS, MULTI_LABEL_BASELINE_SCORES, Method, as_score
+from oodkern.methods import METHODS, Method, Objective
 from oodkern.metrics import auroc, threshold_at_recall
 from oodkern.training import files
 from oodkern.training.board import Board
-from oodkern.training.evaluation import SAMPLE, correct, judge, logits_of, logits_of_test
+from oodkern.training.evaluation import SAMPLE, Judged, Score, correct, scored
 from oodkern.training.folder import FORMAT, prepare
 from oodkern.training.fused import check_fused_head
 from oodkern.training.interrupt import Interrupt
+from oodkern.training.pretrained import read_pretrained, write_pretrained
 from oodkern.training.progress import shown
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
-from oodkern.training.run import Run
+from oodkern.training.run import Run, judge_both
 from oodkern.training.stage import NotFinite, Stage
-from oodkern.training.start import build_classifier, find_device
+from oodkern.training.start import build_classifier, find_device, setting_of
 
 
 def train(
@@ -41,6 +41,7 @@ def train(
     overwrite: bool = False,
     report: bool = True,
     split: OODSplit | None = None,
+    pretrained: Path | None = None,
 ) -> Run:
     """Runs a configuration and writes its folder; the same configuration gives the same bits at the same threads.
 
@@ -52,6 +53,8 @@ def train(
         overwrite: starts anew where there is one.
         report: writes report.html too.
         split: images of your own instead of those that `config.data` names.
+        pretrained: a file that runs share: the pretrained model is taken from it where it holds that of this
+            configuration, and written there otherwise. It changes no number.
 
     Raises ConfigError, also where the folder holds a run and neither `resume` nor `overwrite` is given; DataError;
     NotFinite where the loss or its gradient is, with the batch saved; KeyboardInterrupt after Ctrl-C, with the run
@@ -68,7 +71,7 @@ def train(
         raise ConfigError(str(error)) from None
     state = prepare(config.folder, config, resume, overwrite)
     with files.JSONLines(config.folder / "metrics.jsonl", state["log_bytes"] if state else 0) as lines:
-        run = Trainer(config, split, device, lines, log, progress).run(state)
+        run = Trainer(config, split, device, lines, log, progress, pretrained).run(state)
     if report:
         from oodkern.report import write_report
 
@@ -87,8 +90,9 @@ class Trainer:
         lines: files.JSONLines,
         log: Callable[[str], None],
         progress: bool,
+        pretrained: Path | None = None,
     ) -> None:
-        self.config, self.split, self.device, self.lines = config, split, device, lines
+        self.config, self.split, self.device, self.lines, self.pretrained = config, split, device, lines, pretrained
         self.log, self.progress = log, progress
         self.board = Board(config.folder / "tensorboard")
         self.method: Method = METHODS[config.method](config.loss, split.multi_label)
@@ -114,11 +118,11 @@ class Trainer:
             self.log(f"resuming {config.folder} after epoch {state['epoch']} of {state['stage']}")
             self.restore(state, model)
         if self.baseline is None:
-            self.train_stage("pretrain", model, baseline_loss, False, state)
+            self.pretrain(model, Objective(baseline_loss.to(self.device)), state)
             state = None
             self.baseline = copy.deepcopy(model)
             try:
-                starting = [self.logits(model, images, limit=SAMPLE) for images in (split.train, split.outliers)]
+                starting = [self.scored(model, part, {}, SAMPLE).logits for part in (split.train, split.outliers)]
             except NotFinite as error:  # of a checkpoint, or of what no validation image showed
                 raise NotFinite(f"{error} before {config.method} begins") from None
             self.decided = self.method.decide(*starting)
@@ -126,22 +130,35 @@ class Trainer:
                 self.lines.write(stage="decided", **self.decided)
         if self.decided:
             self.log(self.method.describe(self.decided))
-        loss = self.method.build_loss(self.decided).to(self.device)
-        self.train_stage("method", model, loss, self.method.uses_outliers, state)
+        objective = self.method.objective(self.decided, setting_of(config, split, self.baseline, self.device))
+        objective.loss.to(self.device)
+        self.train_stage("method", model, objective, self.method.uses_outliers, state)
         self.board.close()
         return self.judge(model)
+
+    def pretrain(self, model: Classifier, objective: Objective, state: dict[str, Any] | None) -> None:
+        if self.pretrained is not None and state is None:
+            lines = read_pretrained(self.pretrained, self.config, model)
+            if lines is not None:
+                for line in lines:
+                    self.lines.write(**line)
+                return
+        self.train_stage("pretrain", model, objective, False, state)
+        if self.pretrained is not None:
+            lines = files.read_json_lines(self.config.folder / "metrics.jsonl")
+            write_pretrained(self.pretrained, self.config, model, lines)
 
     def train_stage(
         self,
         kind: Literal["pretrain", "method"],
         model: Classifier,
-        loss: nn.Module,
+        objective: Objective,
         outliers: bool,
         state: dict[str, Any] | None,
     ) -> None:
         from tqdm import tqdm
 
-        stage = Stage(kind, self.config, self.split, model, loss, outliers, self.device)
+        stage = Stage(kind, self.config, self.split, model, objective, outliers, self.device)
         if state is not None:
             stage.load_state_dict(state["training"])
             set_random_state(state["random"])
@@ -177,13 +194,17 @@ class Trainer:
         stage.close()
 
     def end_epoch(self, stage: Stage) -> None:
-        found = self.validate(stage)
-        values = {"lr": stage.optimizer.param_groups[0]["lr"], **stage.means(), **found}
+        found, means = self.validate(stage), stage.means()
+        values = {"lr": stage.optimizer.param_groups[0]["lr"], **means, **found}
         self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, **values)
         self.board.write(stage.name, stage.steps_before + stage.step, values)
         if stage.kind == "method" and sum(found.values()) > self.best:
             self.best = sum(found.values())
             self.save_best(stage)
+        try:
+            stage.objective.check_epoch(means)
+        except ValueError as error:
+            raise ConfigError(f"{error} (epoch {stage.epoch} of {stage.name})") from None
 
     def validate(self, stage: Stage) -> dict[str, float]:
         """Accuracy on the ID validation images and AUROC against the outliers held out; sets the threshold.
@@ -191,19 +212,18 @@ class Trainer:
         Never a look at the test: what is chosen by these numbers, best.ckpt and the threshold, is judged on others.
         """
         parts = self.split.validation, self.split.outlier_validation
-        known, unknown = (self.logits(stage.model, images) for images in parts)
-        scores = self.method.score(known), self.method.score(unknown)
-        self.threshold = threshold_at_recall(scores[0])
+        known, unknown = (self.scored(stage.model, images, {"": self.method.score}) for images in parts)
+        self.threshold = threshold_at_recall(known.scores[""])
         return {
-            "validation_accuracy": correct(known, self.split.validation.labels),
-            "validation_auroc": auroc(*scores),
+            "validation_accuracy": correct(known.logits, self.split.validation.labels),
+            "validation_auroc": auroc(known.scores[""], unknown.scores[""]),
         }
 
-    def logits(self, model: nn.Module, images: ImageSet, limit: int = 0) -> Tensor:
-        logits = logits_of(model, images, limit=limit)
-        if not logits.isfinite().all():  # the last step can diverge after its loss was looked at
+    def scored(self, model: Classifier, images: ImageSet, scores: Mapping[str, Score], limit: int = 0) -> Judged:
+        found = scored(model, images, scores, limit=limit)
+        if not found.logits.isfinite().all():  # the last step can diverge after its loss was looked at
             raise NotFinite("the model's logits are not finite")
-        return logits
+        return found
 
     def keep_batch(self, error: NotFinite, stage: Stage) -> NotFinite:
         """Saves the batch of the last step, and says where."""
@@ -270,31 +290,22 @@ class Trainer:
     def judge(self, model: Classifier) -> Run:
         """Both models on the test, once, at the end."""
         assert self.baseline is not None
-        config, split, method = self.config, self.split, self.method
-        names = MULTI_LABEL_BASELINE_SCORES if split.multi_label else BASELINE_SCORES
-        plain, by_method = [], []
-        for tested, title in ((self.baseline, "baseline"), (model, config.method)):
-            logits, labels = logits_of_test(tested, split), split.test.labels
-            plain.append([judge(logits, labels, name, partial(as_score, name)) for name in names])
-            by_method.append(judge(logits, labels, method.score_name, method.score))
-            for one in [*plain[-1], by_method[-1]]:
-                ood = {name: metrics.as_dict() for name, metrics in one.ood.items()}
-                self.lines.write(stage="result", model=title, score=one.score_name, accuracy=one.accuracy, ood=ood)
+        plain, by_method = judge_both(self.baseline, model, self.method, self.split, self.lines)
         before, after = by_method
         old = {f"baseline/{name}": scores for name, scores in before.scores.items()}
-        files.save_scores(config.folder / "scores.npz", {**after.scores, **old})
+        files.save_scores(self.config.folder / "scores.npz", {**after.scores, **old})
         return Run(
-            folder=config.folder,
-            config=config,
-            split=split,
+            folder=self.config.folder,
+            config=self.config,
+            split=self.split,
             model=model,
             baseline=plain[0],
             before=before,
             method=after,
             plain=plain[1],
-            score=method.score,
+            score=self.method.score,
             threshold=self.threshold,
             decided=self.decided,
-            history=files.read_json_lines(config.folder / "metrics.jsonl"),
+            history=files.read_json_lines(self.config.folder / "metrics.jsonl"),
             seconds=self.seconds,
         )

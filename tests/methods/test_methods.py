@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from oodkern import energy
+from oodkern.classifier import Output
 from oodkern.methods import METHODS, as_score
 from oodkern.methods.energy import EnergyOptions, auto_margins
 
@@ -40,4 +41,4 @@ def test_the_temperature_reaches_margins_and_score():
     _, parts = loss(ids, torch.zeros(400, dtype=torch.int64), outliers, return_parts=True)
     hinge = (energy(ids, 4.0) - decided["margin_in"]).relu().square().mean()
     torch.testing.assert_close(parts["energy_in"], hinge)
-    torch.testing.assert_close(method.score(ids), energy(ids, 4.0))
+    torch.testing.assert_close(method.score(Output(ids, ids), ids), energy(ids, 4.0))

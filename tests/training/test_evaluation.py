@@ -1,12 +1,14 @@
 """Models judged, and files written."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from oodkern import energy
+from oodkern.classifier import Classifier
 from oodkern.models import SmallCNN
 from oodkern.training import evaluate, files
-from oodkern.training.evaluation import logits_of
+from oodkern.training.evaluation import logits_of, plain_score
 from oodkern.training.files import load_checkpoint
 
 
@@ -27,10 +29,10 @@ def test_checkpoints_hold_no_programs(tmp_path):
 
 
 def test_evaluation_restores_the_mode(digits):
-    model = SmallCNN(1, 6, 4)
+    model = Classifier(SmallCNN(1, 6, 4))
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate(model, digits, "energy", energy)
+    evaluate(model, digits, "energy", partial(plain_score, "energy"))
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

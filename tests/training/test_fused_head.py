@@ -11,6 +11,7 @@ from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, load_config
 from oodkern.data import DataConfig, build_split
 from oodkern.losses import ClassificationLoss, EnergyLoss, OutlierExposureLoss
+from oodkern.methods import Objective
 from oodkern.models import SmallCNN
 from oodkern.training import start, train
 from oodkern.training.files import load_checkpoint, read_json_lines
@@ -49,7 +50,7 @@ def classifier_of(kind, split, **options):
 
 
 def stage_of(split, config, loss, kind="protocol"):
-    stage = Stage("method", config, split, classifier_of(kind, split), loss, True, CPU)
+    stage = Stage("method", config, split, classifier_of(kind, split), Objective(loss), True, CPU)
     torch.manual_seed(1)
     return stage
 

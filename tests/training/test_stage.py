@@ -11,6 +11,7 @@ from torch import nn
 
 from oodkern.config import ScheduleConfig
 from oodkern.losses import ClassificationLoss, EnergyLoss, OutlierExposureLoss
+from oodkern.methods import Objective
 from oodkern.models import SmallCNN
 from oodkern.training import NotFinite
 from oodkern.training.stage import Stage, rate_at
@@ -22,7 +23,7 @@ def stage_of(digits, config, loss=None, model=None, outliers=True):
     torch.manual_seed(0)
     model = model or SmallCNN(1, 6, 8)
     loss = loss or EnergyLoss(margin_in=-3, margin_out=-1)
-    return Stage("method", config, digits, model, loss, outliers, CPU)
+    return Stage("method", config, digits, model, Objective(loss), outliers, CPU)
 
 
 def without_batch_norm():
@@ -207,7 +208,7 @@ def test_clipping_sees_the_gradient_and_not_its_scaled_copy(digits, short):
 def test_each_stage_has_its_learning_rate(digits, short):
     config = short("optimizer.lr=0.02", "pretrain.lr=0.3", "epochs=1", "pretrain.epochs=3")
     for kind, lr, steps in (("method", 0.02, 10), ("pretrain", 0.3, 30)):
-        stage = Stage(kind, config, digits, SmallCNN(1, 6, 4), ClassificationLoss(), False, CPU)
+        stage = Stage(kind, config, digits, SmallCNN(1, 6, 4), Objective(ClassificationLoss()), False, CPU)
         stage.advance()
         assert stage.optimizer.param_groups[0]["lr"] == pytest.approx(lr)
         assert stage.steps == steps

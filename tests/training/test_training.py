@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from oodkern import energy
 from oodkern.config import ConfigError, load_config
 from oodkern.data import ArraySet, OODSplit
 from oodkern.losses import EnergyLoss
-from oodkern.methods import METHODS, as_score
+from oodkern.methods import METHODS
 from oodkern.metrics import auroc, threshold_at_recall
 from oodkern.training import NotFinite, evaluate, load_run, train
-from oodkern.training.evaluation import logits_of
+from oodkern.training.evaluation import logits_of, plain_score
 from oodkern.training.files import load_checkpoint
 
 
@@ -87,7 +88,7 @@ def test_run_folder(runs):
 def test_checkpoint_gives_the_scores_again(runs):
     run, _ = runs["energy"]
     detector = load_run(run.folder)
-    again = evaluate(detector.model, run.split, "energy", energy)
+    again = evaluate(detector.model, run.split, "energy", partial(plain_score, "energy"))
     assert again.ood == run.method.ood
     torch.testing.assert_close(again.scores["near"].numpy(), np.load(run.folder / "scores.npz")["near"], rtol=0, atol=0)
 
@@ -98,7 +99,7 @@ def test_best_checkpoint_is_the_epoch_that_validated_best(runs):
     epochs = [r for r in run.history if r["stage"] == "oe" and "epoch" in r]
     values = [r["validation_accuracy"] + r["validation_auroc"] for r in epochs]
     assert detector.epoch == 1 + values.index(max(values))
-    found = evaluate(detector.model, run.split, "msp", lambda z: as_score("msp", z))
+    found = evaluate(detector.model, run.split, "msp", partial(plain_score, "msp"))
     assert (found.ood == run.method.ood) == (detector.epoch == 10)
 
 
@@ -286,7 +287,7 @@ def test_on_a_gpu(short, precision):
     assert run.method.accuracy > 0.95
     assert run.method.ood["far"].auroc > 0.95
     detector = load_run(run.folder)
-    again = evaluate(detector.model, run.split, "energy", energy)
+    again = evaluate(detector.model, run.split, "energy", partial(plain_score, "energy"))
     torch.testing.assert_close(again.scores["near"], run.method.scores["near"], rtol=1e-2, atol=1e-2)
     resumed = train(config, log=silent, resume=True, report=False)
     assert resumed.method.ood == run.method.ood

@@ -1,0 +1,216 @@
+"""`greg` and `gregplus`: energy hinges, and a penalty on the input gradient of the energy; scored by the energy.
+
+`gregplus` also chooses the outliers of each step from a larger batch of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodkern._options import option
+from oodkern.classifier import Classifier
+from oodkern.losses import GRegLoss
+from oodkern.methods.base import Setting, generator_of
+from oodkern.methods.energy import Energy, EnergyOptions
+from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
+from oodkern.ops import gradient_penalty, linear_energy, linear_joint_energy
+from oodkern.pools import cluster_sample, kmeans
+from oodkern.reference import unit, widen
+
+
+@dataclass
+class GRegOptions(EnergyOptions):
+    """Of the energy hinges, and of the gradient's norm."""
+
+    beta: float = option(1.0, "weight of the gradient's norm")
+    gradient_scale: str = option("code", "code: the norms over n_in + n_out once more, as released; paper: not")
+    second_order: str = option("exact", "exact; finite_difference: first-order kernels alone, for smooth networks")
+    step: float = option(0.01, "of finite differences, relative to an image's norm")
+    chunk: int = option(32, "images whose gradient is formed at a time")
+
+
+@dataclass
+class GRegPlusOptions(GRegOptions):
+    """Of the energy hinges, of the gradient's norm, and of the choice of outliers."""
+
+    candidates: int = option(0, "outliers to choose from; 0: three times those of a step")
+    clusters: int = option(0, "of the candidates' features; 0: as many as ID images a step, 64 at most")
+    two_way: bool = option(True, "of each cluster the outliers of lowest and of highest energy; false: of lowest alone")
+    sample_every: int = option(1, "steps that share a batch of candidates, with the features it had at the first")
+
+
+class GReg(Energy):
+    name = "greg"
+    Options = GRegOptions
+
+    def __init__(self, options: Any, multi_label: bool = False) -> None:
+        super().__init__(options, multi_label)
+        if options.second_order not in ("exact", "finite_difference"):
+            raise ValueError(f"loss.second_order: expected exact or finite_difference, got {options.second_order!r}")
+        if options.chunk < 1 or not options.step > 0:
+            raise ValueError(f"loss.chunk, loss.step: expected positive, got {options.chunk} and {options.step}")
+
+    def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
+        options = self.options
+        return GRegLoss(
+            options.alpha,
+            options.beta,
+            margin_in=decided.get("margin_in", options.margin_in),
+            margin_out=decided.get("margin_out", options.margin_out),
+            gradient_scale=options.gradient_scale,
+            temperature=options.temperature,
+            multi_label=self.multi_label,
+        )
+
+    def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
+        return GRegObjective(self.build_loss(decided, setting), self)
+
+
+class GRegObjective(Objective):
+    """The loss of a step with its penalty, of the samples that are detected correctly."""
+
+    def __init__(self, loss: nn.Module, method: GReg) -> None:
+        super().__init__(loss)
+        self.method = method
+
+    def loss_of(self, model: Any, rows: Rows, batch: Batch) -> Loss:
+        n_id = len(batch.target)
+        is_ood = torch.arange(len(batch.images), device=batch.images.device) >= n_id
+        with torch.no_grad():
+            score = self.energies(model, rows[0])
+        weight = self.loss.penalty_weight(score, is_ood, batch.counts)
+        options = self.method.options
+        # In units of the network's own inputs, as released: normalised pixels.
+        penalty = gradient_penalty(
+            Energies(model.model, self.method),
+            model.normalize(batch.images),
+            weight,
+            options.second_order,
+            options.step,
+            options.chunk,
+        )
+        if self.fused:
+            value, parts = self.loss_of_features(model, rows[0], batch, penalty=penalty)
+        else:
+            known, unknown = parted(rows[0], n_id)
+            value, parts = self.loss(known, batch.target, penalty, unknown, return_parts=True)
+        for name, side, count in (("in", ~is_ood, batch.counts[0]), ("out", is_ood, batch.counts[1])):
+            parts[f"selected_{name}"] = ((weight > 0) & side).sum() / max(count, 1)
+        return value, parts
+
+    def energies(self, model: Any, rows: Tensor) -> Tensor:
+        """What the margins speak of, of logits or with a fused head of features."""
+        if not self.fused:
+            return self.method.energy(rows)
+        return energies_of(self.method, rows, model.head)
+
+    def check_epoch(self, means: Mapping[str, float]) -> None:
+        if means.get("selected_in", 1.0) + means.get("selected_out", 1.0) == 0:
+            raise ValueError(
+                f"loss.margin_in, loss.margin_out: expected margins that some energies satisfy; none was under "
+                f"{self.loss.margin_in:.3g} (ID) or over {self.loss.margin_out:.3g} (outliers), so that no sample was "
+                "selected whose gradient to penalise"
+            )
+
+
+class Energies(nn.Module):
+    """Normalised images to energies (multi-label: -J), a module so that BatchNorm is found in it."""
+
+    def __init__(self, model: nn.Module, method: GReg) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.method.energy(self.model(images))
+
+
+def energies_of(method: GReg, features: Tensor, head: nn.Linear) -> Tensor:
+    """Of features, without their logits."""
+    if method.multi_label:
+        return -linear_joint_energy(features, head.weight.to(features.dtype), bias_like(head, features))
+    temperature = method.options.temperature
+    return linear_energy(features, head.weight.to(features.dtype), bias_like(head, features), temperature)
+
+
+def bias_like(head: nn.Linear, features: Tensor) -> Tensor | None:
+    return None if head.bias is None else head.bias.to(features.dtype)
+
+
+class GRegPlus(GReg):
+    name = "gregplus"
+    Options = GRegPlusOptions
+
+    def __init__(self, options: GRegPlusOptions, multi_label: bool = False) -> None:
+        super().__init__(options, multi_label)
+        for key in ("candidates", "clusters"):
+            if getattr(options, key) < 0:
+                raise ValueError(f"loss.{key}: expected 0 or more, got {getattr(options, key)}")
+        if options.sample_every < 1:
+            raise ValueError(f"loss.sample_every: expected 1 or more, got {options.sample_every}")
+
+    def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
+        return GRegPlusObjective(self.build_loss(decided, setting), self, setting)
+
+
+class GRegPlusObjective(GRegObjective):
+    """Chooses of each cluster of the candidates the outliers of lowest and of highest energy, and fills at random.
+
+    Features and clusters are those of the step that read the candidates; energies are the current head's on these
+    features. What a step took, the next ones of the round pass over.
+    """
+
+    def __init__(self, loss: nn.Module, method: GRegPlus, setting: Setting) -> None:
+        super().__init__(loss, method)
+        options, self.count, self.seed = method.options, setting.outlier_batch_size, setting.seed
+        self.every, self.two_way = options.sample_every, options.two_way
+        self.candidates = options.candidates or 3 * self.count * self.every
+        self.clusters = options.clusters or min(64, setting.batch_size)
+        if self.candidates < self.count * self.every:
+            raise ValueError(
+                f"loss.candidates: expected {self.count * self.every} or more, the outliers of {self.every} steps, got "
+                f"{self.candidates}"
+            )
+        if self.clusters > self.candidates:
+            raise ValueError(f"loss.clusters: expected at most {self.candidates} candidates, got {self.clusters}")
+        self.features: Tensor | None = None
+        self.cluster: Tensor | None = None
+        self.available: Tensor | None = None
+
+    @torch.no_grad()
+    def choose(self, model: Classifier, outliers: Tensor, step: int) -> Tensor:
+        random = generator_of(self.seed, step, outliers.device)
+        if step % self.every == 0 or self.features is None:
+            model.eval()
+            self.features = widen(model.features(outliers))
+            model.train()
+            self.cluster = kmeans(unit(self.features), self.clusters, random).index
+            self.available = torch.ones(len(outliers), dtype=torch.bool, device=outliers.device)
+        assert self.available is not None
+        chosen = cluster_sample(
+            self.features,
+            energies_of(self.method, self.features, model.head),
+            self.count,
+            self.clusters,
+            random,
+            two_way=self.two_way,
+            clustering=self.cluster,
+            available=self.available,
+        )
+        self.available[chosen] = False
+        return outliers[chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {"features": self.features, "cluster": self.cluster, "available": self.available}
+        return {**super().state_dict(), "round": kept if self.every > 1 else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if state["round"] is not None:
+            device = next(iter(self.loss.parameters()), torch.empty(0)).device
+            kept = {name: None if one is None else one.to(device) for name, one in state["round"].items()}
+            self.features, self.cluster, self.available = kept["features"], kept["cluster"], kept["available"]

@@ -1,0 +1,152 @@
+"""Outliers around the features that lie at the edge of their class, on the unit sphere.
+
+A distance is d^2 = 2 - 2 cos there, so that the k-th nearest of n members has the k-th largest cosine: one order
+statistic of a row of a product, no sorted neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oodkern import reference
+from oodkern._precision import unrounded
+from oodkern.ops import sample_norm
+from oodkern.ops._checks import INTEGERS, check_count, check_non_negative, check_tensor
+from oodkern.ops._product import check_beside, check_matrix
+
+# Draws are made so many at a time, of at most so many numbers (64 MiB). Part of the result, since what a generator
+# gives depends on how much it is asked for at once.
+DRAWN, NUMBERS = 2048, 1 << 24
+# Bytes that cosines are given at a time, eight each, since kthvalue makes an index of each. No part of the result.
+TEMPORARY = 1 << 26
+
+
+class BoundaryOutliers(NamedTuple):
+    """latents [M, D] float32 of norm 1 and labels [M] int64, the class that each was drawn at."""
+
+    latents: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def boundary_outliers(
+    features: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    neighbour: float = 0.6,
+    boundary: float = 0.1,
+    draws: int = 1500,
+    keep: int = 2,
+    sigma: float = 0.07,
+    rounds: int = 1,
+) -> BoundaryOutliers:
+    """Points just outside of each class: b + sigma g on the unit sphere, b at the edge of the class, g normal.
+
+    Of the n members of a class, at norm 1, the distance of a point is that to its k-th nearest member, k = neighbour n
+    rounded. (A member is its own nearest, and counts; for members k is 2 at least.) The boundary n members (rounded,
+    one at least) of largest distance are the edge; around each `draws` points normalize(b + sigma g) are made, and
+    the `keep` of largest distance are kept. The defaults are the released numbers, which are of classes of 500: the
+    300th member, an edge of 50, 2 of 1500, sigma 0.07. OAL scales each outlier by the norm of a class's token
+    embedding before it goes into a text encoder (`diffusion_latents`).
+
+    Args:
+        features: [N, D], float64, float32, bfloat16 or float16, such as a teacher's: finite, no row of zeros.
+        labels: [N] integers; rows with negative ones, outliers, are left out. Other numbers need not be consecutive.
+        generator: of the draws; on the device of the features, or on the CPU for the same draws on every device.
+        neighbour, boundary: shares of the class, above 0 and up to 1.
+        draws, keep: how many are made around a member at the edge, and how many of them kept.
+        sigma: of the noise in each coordinate, on features of norm 1.
+        rounds: how often draws are made around the same members.
+
+    Returns:
+        `BoundaryOutliers(latents, labels)`, [M, D] float32 of norm 1 and [M] int64 with M = rounds * keep * (members
+        at edges), on the features' device: by class, ascending, then round, then member (the farthest first, of equal
+        ones the first), then the draw (likewise). Draws are the same however many are judged at once; two that are
+        equally far to float32 rounding may change places where cosines are formed in other blocks.
+
+    A class of one or two members has draws around one of them, farthest from the nearest member. Memory: the result,
+    the members of a class at norm 1, their products a part at a time, 64 MiB of each temporary (one row of n numbers
+    at least). Raises TypeError or ValueError for an argument of the wrong kind or shape, features that are not finite
+    or have no direction.
+
+    Source: Tao et al., Non-parametric Outlier Synthesis, ICLR 2023; with these numbers in OAL (arXiv 2406.16525).
+    """
+    _check(features, labels, generator, neighbour, boundary, draws, keep, sigma, rounds)
+    labels = labels.long()
+    classes = labels[labels >= 0].unique().tolist()
+    found, counts = [features.new_empty(0, features.shape[1], dtype=torch.float32)], []
+    for label in classes:
+        members = reference.unit(features[labels == label].float())
+        k = _share(neighbour, len(members))
+        others = max(k, min(2, len(members)))  # a member's first is itself, which tells nothing
+        order = farness(members, members, others).argsort(stable=True, descending=True)
+        edge = order[: _share(boundary, len(members))]
+        for _ in range(rounds):
+            found += [_around(center, members, k, generator, draws, keep, sigma) for center in members[edge]]
+        counts.append(rounds * len(edge) * keep)
+    repeats = torch.tensor(counts, dtype=torch.int64, device=features.device)
+    of = torch.tensor(classes, dtype=torch.int64, device=features.device).repeat_interleave(repeats)
+    return BoundaryOutliers(torch.cat(found), of)
+
+
+def _share(share: float, members: int) -> int:
+    return min(max(int(share * members + 0.5), 1), members)
+
+
+@unrounded
+def farness(points: Tensor, members: Tensor, k: int) -> Tensor:
+    """Minus the cosine of each point [P, D] to its k-th nearest member [n, D], all of norm 1: [P], larger = farther."""
+    n = len(members)
+    rows = max(TEMPORARY // (8 * n), 1)
+    # The k-th largest of n is the (n + 1 - k)-th smallest.
+    parts = [(part @ members.T).kthvalue(n + 1 - k, dim=-1).values for part in points.split(rows)]
+    return -torch.cat(parts)
+
+
+def _around(
+    center: Tensor, members: Tensor, k: int, generator: torch.Generator, draws: int, keep: int, sigma: float
+) -> Tensor:
+    """The `keep` farthest of so many draws, [keep, D]."""
+    best, far = members[:0], members.new_empty(0)
+    most = max(min(DRAWN, NUMBERS // len(center)), 1)
+    for start in range(0, draws, most):
+        size = (min(most, draws - start), len(center))
+        noise = torch.randn(size, generator=generator, device=generator.device).to(center.device)
+        made = reference.unit(noise.mul_(sigma).add_(center))
+        made, distance = torch.cat([best, made]), torch.cat([far, farness(made, members, k)])
+        order = distance.argsort(stable=True, descending=True)[:keep]
+        best, far = made[order], distance[order]
+    return best
+
+
+def _check(features: Any, labels: Any, generator: Any, *numbers: Any) -> None:
+    check_matrix(features, "features")
+    check_tensor(labels, "labels")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels: expected integers, got {str(labels.dtype).removeprefix('torch.')}")
+    if tuple(labels.shape) != (len(features),):
+        raise ValueError(f"labels: expected [{len(features)}], one a row of features, got {list(labels.shape)}")
+    check_beside(labels, "labels", features, "features", dtype=False)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type not in ("cpu", features.device.type):
+        raise ValueError(f"generator: expected on {features.device} or on the CPU, got {generator.device}")
+    neighbour, boundary, draws, keep, sigma, rounds = numbers
+    for share, name in ((neighbour, "neighbour"), (boundary, "boundary")):
+        if not 0 < check_non_negative(share, name) <= 1:
+            raise ValueError(f"{name}: expected a share of the class, above 0 and up to 1, got {share}")
+    for count, name in ((draws, "draws"), (keep, "keep"), (rounds, "rounds")):
+        check_count(count, name, 1)
+    if keep > draws:
+        raise ValueError(f"keep: expected {draws} or fewer, as many as draws, got {keep}")
+    check_non_negative(sigma, "sigma")
+    norms = sample_norm(features)
+    bad = ~(norms.isfinite() & (norms > 0)) & (labels >= 0)
+    if bad.any():
+        raise ValueError(
+            f"features: expected finite rows other than 0, got {int(bad.sum())} that are not, the first of them row "
+            f"{int(bad.nonzero()[0])}, of class {int(labels[bad][0])}"
+        )
