@@ -43,6 +43,7 @@ EVALUATE_EXAMPLES = f"""\
 examples:
   oodkern evaluate runs/energy-seed0
   oodkern evaluate runs/energy-seed0 --checkpoint best --json
+  oodkern evaluate runs/greg-seed0 --certificate     local certified radii: (threshold - S) / ||grad S||
   oodkern evaluate runs/energy-seed0 data.ood.textures=folder:DIR    one more OOD set
 
 {EXIT_CODES}
@@ -128,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", "judge the model of a run", EVALUATE_HELP, EVALUATE_EXAMPLES)
     trained(evaluate)
+    evaluate.add_argument("--certificate", action="store_true", help="also how far images are from the threshold")
     evaluate.add_argument("words", nargs="*", metavar="data.ood.NAME=SOURCE", help="further OOD sets")
     score = verb("score", "class, score and verdict of image files", SCORE_HELP, SCORE_EXAMPLES)
     trained(score)

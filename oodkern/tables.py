@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oodkern.training import Evaluation, Run
@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 LEGEND = (
     "In percent. AUROC, AUPR: OOD positive, higher is better. FPR95: ID images flagged where\n"
     "95 % of OOD images are; FPR95(ID+): OOD images accepted where 95 % of ID images are; lower is better."
+)
+
+
+CERTIFICATE = (
+    "Local certified radius |threshold - S(x)| / ||grad S(x)||, median and quartiles: how far, in the L2 norm of pixels\n"
+    "in [0, 1], an image is from the threshold to first order. Heuristic for non-linear networks, whose gradient at an\n"
+    "image tells of the score near it alone."
 )
 
 
@@ -47,6 +54,25 @@ def evaluation_rows(model: str, one: Evaluation) -> list[tuple[str, ...]]:
 def evaluation_table(named: Sequence[tuple[str, Evaluation]], multi_label: bool) -> str:
     rows = [row for name, one in named for row in evaluation_rows(name, one)]
     return f"{aligned(evaluation_head(multi_label), rows, words=(0, 1, 3))}\n\n{LEGEND}"
+
+
+def certificate_table(by_set: Mapping[str, Mapping[str, Any]]) -> str:
+    """What `oodkern.training.certify` found of each set."""
+    head = ("images", "", "accepted", "radius of these", "radius of the flagged", "gradient's norm")
+
+    def shown(values: Sequence[float] | None) -> str:
+        return "" if values is None else f"{values[1]:.3g} ({values[0]:.3g} .. {values[2]:.3g})"
+
+    rows = [
+        (
+            "ID" if name == "id" else name,
+            f"{found['images']:,}",
+            percent(found["share_accepted"]),
+            *(shown(found[key]) for key in ("accepted", "flagged", "gradient_norm")),
+        )
+        for name, found in by_set.items()
+    ]
+    return f"{aligned(head, rows, words=(0,))}\n\n{CERTIFICATE}"
 
 
 def run_table(run: Run) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from oodkern import tables
-from oodkern.config import ConfigError, load_config, read_given, to_yaml
+from oodkern.config import ConfigError, load_config, to_yaml
 from oodkern.data import DataError, build_split
 from oodkern.data.images import image_files
 from oodkern.data.options import check_names
@@ -22,7 +22,7 @@ from oodkern.report.spectra import outlier_set_figure, ranking_record, ranking_t
 from oodkern.training import Detector, load_run
 from oodkern.training import evaluate as judge
 from oodkern.training import train as run_training
-from oodkern.training.comparison import BASELINE
+from oodkern.training.certify import certify
 from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
 from oodkern.training.files import write_text
@@ -78,6 +78,9 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
             f"{', '.join(split.classes)} at {split.train.shape}"
         )
     found = judge(detector.model, split, detector.method.score_name, detector.method.score)
+    radii = {}
+    if options.certificate:
+        radii = {name: certify(detector, images) for name, images in {"id": split.test, **split.test_ood}.items()}
     flagged = {name: float((scores > detector.threshold).float().mean()) for name, scores in found.scores.items()}
     if options.json:
         ood = {name: metrics.as_dict() for name, metrics in found.ood.items()}
@@ -91,6 +94,7 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
                     "ood": ood,
                     "threshold": detector.threshold,
                     "flagged": flagged,
+                    **({"certificate": radii} if radii else {}),
                 },
                 indent=2,
             )
@@ -102,6 +106,8 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
         f"{tables.percent(share)} of {'ID' if name == 'id' else name}" for name, share in flagged.items()
     )
     print(f"\nAt the stored threshold, {detector.threshold:.4g}, these percent are called OOD: {shares}.")
+    if radii:
+        print(f"\n{tables.certificate_table(radii)}")
     return OK
 
 
@@ -156,9 +162,7 @@ def compare(options: argparse.Namespace, command: list[str]) -> int:
         found = run_comparison(options.methods, options.seeds, splits, overrides, path, log)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
-    config = load_config(path, [*overrides, f"method={BASELINE}"])
-    folder = Path(config.output if "output" in read_given(path, overrides) else "runs/compare")
-    page = write_comparison(found, folder / "comparison.html", shlex.join(command), config.data.name)
+    page = write_comparison(found, found.folder / "comparison.html", shlex.join(command))
     log(f"the page is {page}")
     if options.json:
         print(json.dumps(found.as_dict(shlex.join(command)), indent=1))

@@ -16,26 +16,26 @@ from oodkern.training import files
 from oodkern.training.comparison import BASELINE, CONFIDENCE, METRICS, Comparison, signed
 
 
-def write_comparison(comparison: Comparison, path: Path, command: str, data: str = "") -> Path:
+def write_comparison(comparison: Comparison, path: Path, command: str) -> Path:
     """Writes the page to `path`, and returns that.
 
-    `command` is what made the runs, `data` the name of the data set; both are shown as they are given. Means and
-    differences are those of `comparison.summary()`; a difference is marked where its interval excludes 0.
+    `command` is what made the runs, and is shown as it is given. Means and differences are those of
+    `comparison.summary()`; a difference is marked where its interval excludes 0.
     """
     import matplotlib
 
     # Names of OOD sets are words, not formulas; and a font without their characters is the browser's concern.
     with matplotlib.rc_context({**plots.STYLE, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Glyph|Matplotlib currently does not support)")
-        content = page(comparison, command, data)
+        content = page(comparison, command)
     files.write_text(path, content)
     return path
 
 
-def page(comparison: Comparison, command: str, data: str) -> str:
+def page(comparison: Comparison, command: str) -> str:
     rivals = [method for method in comparison.methods if method != BASELINE]
     title = f"{', '.join(rivals)} against {BASELINE}" if rivals else f"{BASELINE} alone"
-    parts = [header(comparison, title, command, data), matrix(comparison), figures(comparison), facts(comparison)]
+    parts = [header(comparison, title, command), matrix(comparison), figures(comparison), facts(comparison)]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -49,12 +49,12 @@ def safe(value: Any) -> str:
     return escape(printable(value))
 
 
-def header(comparison: Comparison, title: str, command: str, data: str) -> str:
+def header(comparison: Comparison, title: str, command: str) -> str:
     units = len({run[comparison.unit] for run in comparison.runs})
     intervals = f"over {units} {comparison.unit}s" if units > 1 else f"none, there is one {comparison.unit} only"
     items = {
         "methods": ", ".join(comparison.methods),
-        "data set": data,
+        "data set": comparison.data,
         "splits": f"{len(comparison.splits)} ({listed(comparison.splits)})",
         "seeds": f"{len(comparison.seeds)} ({listed(comparison.seeds)})",
         "interval": intervals,
@@ -176,7 +176,7 @@ def facts(comparison: Comparison) -> str:
     names = list(dict.fromkeys(name for one in known for name in one))
     same = [name for name in names if all(one.get(name) == known[0].get(name) for one in known)]
     shared = "".join(f"<li>{safe(name)} <b>{safe(fact(known[0].get(name)))}</b></li>" for name in same)
-    decided = [{**run.get("margins", {}), **run.get("decided", {})} for run in comparison.runs]
+    decided = [run["decided"] for run in comparison.runs]
     differing = [{name: value for name, value in one.items() if name not in same} for one in known]
     extra = [own | one for own, one in zip(decided, differing, strict=True)]
     columns = list(dict.fromkeys(name for one in extra for name in one))

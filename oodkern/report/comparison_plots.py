@@ -30,7 +30,7 @@ def printable(value: Any) -> str:
 
 
 def quality(comparison: Comparison) -> str:
-    return evaluation_head(getattr(comparison, "multi_label", False))[2]
+    return evaluation_head(comparison.multi_label)[2]
 
 
 def verdict(difference: Mapping[str, Any] | None, more: bool) -> str:

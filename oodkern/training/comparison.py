@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from oodkern.training.trainer import train
 
 BASELINE = "ce"
 CONFIDENCE = 0.95
+PRETRAINED = "pretrained"  # the folder, beside the runs, of the models that they start from
 # Metric, and whether more of it is better.
 METRICS = {"auroc": True, "aupr_out": True, "fpr95_ood_positive": False, "fpr95_id_positive": False}
 
@@ -64,6 +66,9 @@ class Comparison:
     splits: list[int | None]
     seeds: list[int]
     runs: list[dict[str, Any]] = field(default_factory=list)
+    data: str = ""  # the ID set
+    multi_label: bool = False
+    folder: Path = Path()  # of the runs
 
     def add(self, run: Run) -> None:
         # Plain training may be judged by either plain score, a method by its own.
@@ -76,7 +81,7 @@ class Comparison:
                 "accuracy": run.method.accuracy,
                 "by_score": {one.score_name: metrics_of(one) for one in judged},
                 "environment": read_environment(run.folder),
-                "margins": {k: v for k, v in run.decided.items() if k.startswith("margin_")},
+                "decided": run.decided,
             }
         )
 
@@ -127,6 +132,8 @@ class Comparison:
     def as_dict(self, command: str) -> dict[str, Any]:
         return {
             "command": command,
+            "data": self.data,
+            "multi_label": self.multi_label,
             "methods": self.methods,
             "splits": self.splits,
             "seeds": self.seeds,
@@ -146,7 +153,7 @@ class Comparison:
             if found:
                 interval = "" if found["low"] is None else f"{signed(found['low'])} .. {signed(found['high'])}"
                 shown = (signed(found["mean"]), interval, f"{found['better']} of {found['units']}")
-            metric = names.get(row["metric"], f"ID {row['metric']}")
+            metric = names.get(row["metric"], "ID mAP" if self.multi_label else "ID accuracy")
             rows.append((row["method"], row["score"] or "", row["ood"] or "", metric, percent(row["mean"]), *shown))
         note = (
             f"In percent, over {len(self.splits)} split(s) and {len(self.seeds)} seed(s); lower FPR95 is better.\n"
@@ -157,7 +164,8 @@ class Comparison:
 
 
 def signed(fraction: float) -> str:
-    return f"{100 * fraction:+.1f}"
+    text = f"{100 * fraction:+.1f}"
+    return "+0.0" if text == "-0.0" else text
 
 
 def metrics_of(one: Evaluation) -> dict[str, dict[str, float]]:
@@ -174,7 +182,10 @@ def compare(
 ) -> Comparison:
     """Trains every method on every split and seed, `ce` too, in folders of `output` (runs/compare).
 
-    Runs that are there already are taken as they are, or resumed, so that a comparison that was stopped goes on.
+    Methods start from one model, which is pretrained once for each split and seed, and has the bits that each would
+    have pretrained. Runs that are there already are taken as they are, or resumed, so that a comparison that was
+    stopped goes on.
+
     Raises ConfigError before the first run where one of the configurations is wrong.
     """
     seeds = list(dict.fromkeys(seeds))
@@ -190,9 +201,14 @@ def compare(
         for seed in seeds
         for method in methods
     ]
-    comparison = Comparison(methods, list(splits), list(seeds))
+    data = list(dict.fromkeys(config.data.name for config in configs))
+    if len(data) > 1:
+        raise ConfigError(f"data.name: methods have {' and '.join(data)} as their own data, expected one for all")
+    folder = Path(configs[0].output)
+    comparison = Comparison(methods, list(splits), list(seeds), [], data[0], configs[0].multi_label, folder)
     for number, config in enumerate(configs, 1):
-        run = train(config, log=lambda line: None, resume=True, report=False)
+        pretrained = folder / PRETRAINED / f"{replace(config, method=BASELINE, name='').folder.name}.ckpt"
+        run = train(config, log=lambda line: None, resume=True, report=False, pretrained=pretrained)
         comparison.add(run)
         log(f"{number} of {len(configs)}: {describe(run, config)}")
     return comparison

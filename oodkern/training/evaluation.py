@@ -43,6 +43,11 @@ def plain_score(name: str, outputs: Output, weight: Tensor) -> Tensor:
     return as_score(name, outputs.logits)
 
 
+def evenly_spaced(count: int, limit: int) -> Tensor:
+    """Indices of at most `limit` of `count` samples."""
+    return torch.arange(min(limit, count)) * count // max(min(limit, count), 1)
+
+
 class Judged(NamedTuple):
     """Of images, on the CPU: logits [N, K] float32, and outlier scores [N] by name."""
 
@@ -60,9 +65,7 @@ def scored(
     evenly spaced.
     """
     device = next(model.parameters()).device
-    indices = torch.arange(len(images))
-    if 0 < limit < len(images):
-        indices = torch.arange(limit) * len(images) // limit
+    indices = evenly_spaced(len(images), limit or len(images))
     was_training = model.training
     model.eval()
     logits: list[Tensor] = []
