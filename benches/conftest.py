@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     parser.addoption("--save", metavar="NAME", help="write benches/results/NAME.json")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rounds(request) -> int:
     return request.config.getoption("--rounds")
 
@@ -45,12 +45,18 @@ def pytest_terminal_summary(terminalreporter, config):
     for row in ROWS:
         shape = "x".join(f"{size:,}" for size in row.shape)
         goal = f", aimed for {row.target:g}" if row.target else ""
-        write(f"\n{row.room}: {row.case} {shape} {row.dtype}: {row.ratio:.2f} times faster than eager{goal}")
+        faster = "" if row.ratio is None else f": {row.ratio:.2f} times faster than {row.base}{goal}"
+        write(f"\n{row.room}: {row.case} {shape} {row.dtype}{faster}")
         for name, median in row.milliseconds.items():
-            memory = f"{row.megabytes[name]:9.1f} MB"
+            line = f"  {name:<14} {median:9.2f} ms {row.megabytes[name]:9.1f} MB"
             if row.beyond:
-                memory += f", {row.beyond[name]:9.1f} without results"
-            write(f"  {name:<14} {median:9.2f} ms {memory}   error {row.error[name]:.1e}")
+                line += f", {row.beyond[name]:9.1f} without results"
+            if row.error:
+                line += f"   error {row.error[name]:.1e}"
+            if row.ratio is None:
+                time, memory = (of[name] / of[row.base] for of in (row.milliseconds, row.megabytes))
+                line += f"   {time:5.2f} times the time and {memory:5.2f} times the memory of {row.base}"
+            write(line)
         for name, why in row.skipped.items():
             write(f"  {name:<14} skipped: {why}")
     if name := config.getoption("--save"):

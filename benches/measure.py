@@ -20,7 +20,8 @@ Work = Callable[[], Any]
 class Row:
     """One case: what was timed, and for each contender its median, peak extra memory and error.
 
-    `megabytes` is the most that was held at once, results included; `beyond` is the same without them.
+    `megabytes` is the most that was held at once, results included; `beyond` is the same without them. Contenders are
+    compared with `base`.
     """
 
     room: str
@@ -33,10 +34,13 @@ class Row:
     beyond: dict[str, float] = field(default_factory=dict)
     target: float | None = None  # the ratio to eager that was aimed for
     skipped: dict[str, str] = field(default_factory=dict)
+    base: str = "eager"
 
     @property
-    def ratio(self) -> float:
-        return self.milliseconds["eager"] / self.milliseconds["oodkern"]
+    def ratio(self) -> float | None:
+        """How many times faster than the base ours is, where it is one contender."""
+        ours = self.milliseconds.get("oodkern")
+        return None if ours is None else self.milliseconds[self.base] / ours
 
 
 def interleaved_medians(contenders: Mapping[str, Work], rounds: int) -> dict[str, float]:

@@ -260,7 +260,8 @@ def check_values(config: TrainConfig) -> None:
     try:
         check_data(config.data)
         check_model(config.model)
-        METHODS[config.method](config.loss, config.multi_label)
+        method = METHODS[config.method](config.loss, config.multi_label)
+        method.check_batches(config.optimizer.batch_size, config.optimizer.outlier_batch_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -15,9 +15,9 @@ LEGEND = (
 
 
 CERTIFICATE = (
-    "Local certified radius |threshold - S(x)| / ||grad S(x)||, median and quartiles: how far, in the L2 norm of pixels\n"
-    "in [0, 1], an image is from the threshold to first order. Heuristic for non-linear networks, whose gradient at an\n"
-    "image tells of the score near it alone."
+    "Local certified radius |threshold - S(x)| / ||grad S(x)||, median and quartiles: how far, in the L2 norm of\n"
+    "pixels in [0, 1], an image is from the threshold to first order. Heuristic for non-linear networks, whose\n"
+    "gradient at an image tells of the score near it alone."
 )
 
 

@@ -120,7 +120,7 @@ def test_score(bare, capsys, tmp_path):
         (["evaluate", "RUN", "data.ood.x=digits"], "oodkern evaluate: data.ood.x: the ID images are digits"),
         (["train", "[=3"], "oodkern train: [=3: expected key=value"),
         (["train", "output=/proc/none/x"], "oodkern train: [Errno 2]"),
-        (["compare", "--methods", "energi"], "oodkern compare: method: expected one of ce, oe, energy, got 'energi'"),
+        (["compare", "--methods", "energi"], "oodkern compare: method: expected one of ce, oe, energy, edge"),
         (["compare", "--methods", "oe", "--splits", "0"], "oodkern compare: --splits: expected 1 or more, got 0"),
         (["train", "data.name=idx:/none"], "oodkern train: idx:/none: expected a folder, and /none is none"),
         (["train", "pretrain.checkpoint=/none", "name=y"], "oodkern train: pretrain.checkpoint: /none: FileNotFound"),

@@ -46,7 +46,7 @@ def random_comparison(methods, splits, seeds=(0,), sets=("near", "far")):
                         "accuracy": float(generator.uniform(0.9, 1)),
                         "by_score": judged,
                         "environment": environment,
-                        "margins": decided,
+                        "decided": decided,
                     }
                 )
     return found
@@ -84,9 +84,9 @@ class Tables(HTMLParser):
             self.tables[-1][-1][-1].append(data.strip())
 
 
-def written(comparison, folder, **options):
+def written(comparison, folder):
     path = folder / "comparison.html"
-    assert write_comparison(comparison, path, "oodkern compare --methods a,b", **options) == path
+    assert write_comparison(comparison, path, "oodkern compare --methods a,b") == path
     assert [one.name for one in folder.iterdir()] == ["comparison.html"]
     return path.read_text(encoding="utf-8")
 
@@ -102,7 +102,8 @@ def words(drawing):
 
 def test_shows_the_numbers_of_the_summary(tmp_path):
     found = random_comparison(["ce", "oe", "energy"], range(5), (0, 1))
-    page = written(found, tmp_path, data="folder:/a&b")
+    found.data = "folder:/a&b"
+    page = written(found, tmp_path)
     tables = Tables(page).tables
     matrix = tables[0]
     assert matrix[0] == [["method"], ["ID accuracy"], ["near"], ["far"]]
@@ -146,7 +147,7 @@ def test_marks_what_the_intervals_show(tmp_path):
             noise = 0 if method == "ce" else wobble[split]
             one = {"near": metrics(0.8 + auroc + noise, 0.4 + fpr + noise)}
             run = {"method": method, "split": split, "seed": 0, "accuracy": 0.95 + accuracy + noise}
-            found.runs.append({**run, "by_score": {"msp": one}})
+            found.runs.append({**run, "by_score": {"msp": one}, "decided": {}})
     matrix = Tables(written(found, tmp_path)).tables[0]
     marks = {line[0][0]: [[t for t in cell if t in ("better", "worse")] for cell in line[1:]] for line in matrix[2:]}
     assert marks == {

@@ -56,7 +56,7 @@ def test_resolved_configuration_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=energi"], "method: expected one of ce, oe, energy, got 'energi' (did you mean energy?)"),
+        (["method=energi"], f"method: expected one of {', '.join(METHODS)}, got 'energi' (did you mean energy?)"),
         (["optimizer.lrr=1"], "optimizer.lrr: no such key (did you mean optimizer.lr?)"),
         (["lr=1"], "lr: no such key (did you mean optimizer.lr?)"),
         (["method=oe", "loss.margin_in=1"], "loss.margin_in: no such key"),

@@ -89,6 +89,9 @@ class OutlierLoss(nn.Module):
         """
         return {}
 
+    def prepare(self, weight: Tensor) -> None:
+        """What a loss makes of the head's weight [K, D] beforehand: of checked arguments, not yet cast by autocast."""
+
     def slopes(self, classes: int) -> tuple[Slopes, Slopes]:
         """The slopes of the ID rows' terms and of the outliers' in their scores, where they can be foreseen.
 
@@ -178,6 +181,7 @@ class OutlierLoss(nn.Module):
         N, K = len(features), len(head_weight)
         rows = N if n_id is None else n_id
         check_target(target, is_ood, (rows, K), self.multi_label, n_id is not None, features, "features")
+        self.prepare(head_weight)
         features, weight, bias = autocast(features, head_weight, head_bias)
         head = Head(weight, bias)
         if n_id is None:
@@ -254,8 +258,13 @@ class OutlierLoss(nn.Module):
             {name: (weight, keep(rows, outliers)) for name, (weight, rows) in terms.items()}
             for terms, outliers in ((id_terms, False), (ood_terms, True))
         ]
-        # A mean over pairs counts as the mean over the outliers of each one's mean over its partners.
-        coupled = {name: (weight, mean * (counts[1] / divisor(counts[1]))) for name, (weight, mean) in pairs.items()}
+
+        def share(mean: Tensor) -> Tensor:
+            """A mean over pairs as the mean over the outliers of each one's mean over its partners."""
+            count = counts[1]  # a quotient of integer tensors would be float32, whatever the mean is
+            return mean * ((count.to(mean) if isinstance(count, Tensor) else count) / divisor(count))
+
+        coupled = {name: (weight, share(mean)) for name, (weight, mean) in pairs.items()}
         # A side without terms is zeros of its length.
         first = next(iter(kept[0].values()))[1]
         lengths = counts if is_ood is None else (len(first), len(first))

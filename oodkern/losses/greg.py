@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodkern import reference
 from oodkern.losses.base import COUPLED, Loss
 from oodkern.losses.energy import EnergyLoss
-from oodkern.ops._checks import check_choice, check_floating, check_non_negative
+from oodkern.ops._checks import check_choice, check_floating, check_non_negative, check_tensor
 
 GRADIENT_SCALES = ("code", "paper")
 
@@ -71,17 +72,18 @@ class GRegLoss(EnergyLoss):
             [N], without a gradient, float32 (float64 for float64 scores).
         """
         check_floating(score, "score")
+        check_tensor(is_ood, "is_ood")
         if is_ood.dtype != torch.bool or is_ood.shape != score.shape or score.dim() != 1:
             raise ValueError(
                 f"score, is_ood: expected [N] and bool [N], got {list(score.shape)} and {is_ood.dtype} "
                 f"{list(is_ood.shape)}"
             )
-        score = score.detach()
-        outliers = is_ood.sum()
+        score, outliers = reference.widen(score.detach()), is_ood.sum()
         n_in, n_out = (len(score) - outliers, outliers) if counts is None else counts
+        rows = len(score) if counts is None else n_in + n_out
         detected = torch.where(is_ood, score >= self.margin_out, score <= self.margin_in)
         weight = detected / torch.where(is_ood, n_out, n_in).clamp_min(1).to(score)
-        return weight / max(n_in + n_out, 1) if self.gradient_scale == "code" else weight
+        return weight / max(rows, 1) if self.gradient_scale == "code" else weight
 
     def forward(  # type: ignore[override]  # the penalty comes before what makes the style split
         self,

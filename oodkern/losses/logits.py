@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from oodkern import reference
+from oodkern._precision import unrounded
 from oodkern.losses._selection import Select
 from oodkern.losses._slopes import Key
 from oodkern.ops import Upstream, alignment, energy, joint_energy, linear_energy, linear_joint_energy
@@ -29,8 +30,8 @@ class Logits:
         raise NotImplementedError
 
     def alignment(self) -> Tensor:
-        """mean_c |cos(x, w_c)|."""
-        return alignment(*self.geometry())
+        """mean_c |cos(x, w_c)|. Autocast has been at the features already, or is not to be at them."""
+        return unrounded(alignment)(*self.geometry())
 
     def own_cosine(self, target: Tensor) -> Tensor:
         """cos(x, w_y) of the row's class, [N]. Without meaning for rows with targets < 0."""

@@ -103,7 +103,7 @@ class SeparationLoss(OutlierLoss):
             features_ood, logits_ood: [M, D] and [M, K] of the outliers, which make the style split.
             return_parts: also return each term before its weight, reduced as the loss is, detached.
 
-        Returns, and from_features: as in `OutlierLoss`.
+        Returns, and from_features: as in `OutlierLoss`; through the cosines of `separation` differentiable once.
         """
         check_logit_rows(logits, logits_ood)
         (N, K), split = logits.shape, logits_ood is not None
@@ -112,6 +112,7 @@ class SeparationLoss(OutlierLoss):
         check_matrix(weight, "weight", "K, D")
         if len(weight) != K:
             raise ValueError(f"weight: expected {K} rows, one for each class of the logits, got {list(weight.shape)}")
+        check_beside(weight, "weight", logits, "logits", dtype=False)
         for rows, of, name in ((features, logits, "features"), (features_ood, logits_ood, "features_ood")):
             if rows is None or of is None:
                 continue
@@ -127,12 +128,6 @@ class SeparationLoss(OutlierLoss):
             return self._split(known, target, unknown, (N, len(logits_ood)), return_parts)
         return self._mixed(known, target, target < 0, return_parts)
 
-    def from_features(self, features: Tensor, head_weight: Tensor, *arguments: Any, **options: Any) -> Loss:
-        """As `OutlierLoss.from_features`."""
-        check_matrix(head_weight, "head_weight", "K, D")
-        self.prepare(head_weight)
-        return super().from_features(features, head_weight, *arguments, **options)
-
     def prepare(self, weight: Tensor) -> None:
         """Makes the basis of the projection anew where it is due."""
         if self.separation != "projection" or self.beta == 0:
@@ -146,10 +141,11 @@ class SeparationLoss(OutlierLoss):
                 stacklevel=4,
             )
         basis = self.basis
-        due = basis is None or (self.training and self.calls % self.refresh == 0)
-        if due or (basis is not None and (basis.device != weight.device or len(basis) != D)):
-            largest = None if rank is None else min(rank, K, D)
-            self.basis = orthonormal_basis(weight.detach(), largest)
+        if basis is None or len(basis) != D or (self.training and self.calls % self.refresh == 0):
+            # Widened: of 16-bit weights the numerical rank would be that of their rounding, 0 from D = 128 (bfloat16).
+            self.basis = orthonormal_basis(reference.widen(weight.detach()), None if rank is None else min(rank, K, D))
+        else:
+            self.basis = basis.to(weight.device)
         if self.training:
             self.calls += 1
 

@@ -63,6 +63,16 @@ class Method:
             raise ValueError(f"method: {self.name} is for {other} data, and data.name is {kind}")
         self.build_loss({})
 
+    def check_batches(self, batch_size: int, outlier_batch_size: int) -> None:
+        """Raises ValueError where ID images and outliers a step do not go with the options."""
+
+    def check(self, setting: Setting) -> None:
+        """Raises ValueError where what the method's stage will begin with does not go with the options.
+
+        Before pretraining, hence with a model that is not trained; and, unlike what `__init__` checks, not where a run
+        is judged, which needs no files of the options.
+        """
+
     @property
     def score_name(self) -> str:
         name = self.score_names[self.multi_label]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oodkern._errors import brief
 from oodkern._options import option
 from oodkern.classifier import Classifier
 from oodkern.losses import GRegLoss
@@ -52,8 +54,19 @@ class GReg(Energy):
         super().__init__(options, multi_label)
         if options.second_order not in ("exact", "finite_difference"):
             raise ValueError(f"loss.second_order: expected exact or finite_difference, got {options.second_order!r}")
-        if options.chunk < 1 or not options.step > 0:
+        if options.chunk < 1 or not 0 < options.step < math.inf:
             raise ValueError(f"loss.chunk, loss.step: expected positive, got {options.chunk} and {options.step}")
+
+    def check(self, setting: Setting) -> None:
+        """Whether the network is as smooth as finite differences expect."""
+        if self.options.second_order == "exact":
+            return
+        device = next(setting.model.parameters()).device
+        images = setting.model.normalize(setting.split.train.images(torch.arange(1)).to(device))
+        try:
+            gradient_penalty(Energies(setting.model.model, self), images, images.new_ones(1), "finite_difference")
+        except RuntimeError as error:
+            raise ValueError(f"loss.second_order: {brief(error)}") from None
 
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
@@ -153,6 +166,22 @@ class GRegPlus(GReg):
         if options.sample_every < 1:
             raise ValueError(f"loss.sample_every: expected 1 or more, got {options.sample_every}")
 
+    def sizes(self, batch_size: int, outlier_batch_size: int) -> tuple[int, int]:
+        """How many candidates are read at a time, and their clusters."""
+        options, taken = self.options, outlier_batch_size * self.options.sample_every
+        return options.candidates or 3 * taken, options.clusters or min(64, batch_size)
+
+    def check_batches(self, batch_size: int, outlier_batch_size: int) -> None:
+        candidates, clusters = self.sizes(batch_size, outlier_batch_size)
+        taken = outlier_batch_size * self.options.sample_every
+        if candidates < taken:
+            raise ValueError(
+                f"loss.candidates: expected {taken} or more, the outliers of {self.options.sample_every} step(s), got "
+                f"{candidates}"
+            )
+        if clusters > candidates:
+            raise ValueError(f"loss.clusters: expected at most {candidates}, the candidates, got {clusters}")
+
     def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
         return GRegPlusObjective(self.build_loss(decided, setting), self, setting)
 
@@ -168,15 +197,7 @@ class GRegPlusObjective(GRegObjective):
         super().__init__(loss, method)
         options, self.count, self.seed = method.options, setting.outlier_batch_size, setting.seed
         self.every, self.two_way = options.sample_every, options.two_way
-        self.candidates = options.candidates or 3 * self.count * self.every
-        self.clusters = options.clusters or min(64, setting.batch_size)
-        if self.candidates < self.count * self.every:
-            raise ValueError(
-                f"loss.candidates: expected {self.count * self.every} or more, the outliers of {self.every} steps, got "
-                f"{self.candidates}"
-            )
-        if self.clusters > self.candidates:
-            raise ValueError(f"loss.clusters: expected at most {self.candidates} candidates, got {self.clusters}")
+        self.candidates, self.clusters = method.sizes(setting.batch_size, self.count)
         self.features: Tensor | None = None
         self.cluster: Tensor | None = None
         self.available: Tensor | None = None
@@ -210,7 +231,5 @@ class GRegPlusObjective(GRegObjective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if state["round"] is not None:
-            device = next(iter(self.loss.parameters()), torch.empty(0)).device
-            kept = {name: None if one is None else one.to(device) for name, one in state["round"].items()}
+        if (kept := state["round"]) is not None:
             self.features, self.cluster, self.available = kept["features"], kept["cluster"], kept["available"]

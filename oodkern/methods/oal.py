@@ -18,6 +18,7 @@ from oodkern.methods.base import Method, Setting, generator_of
 from oodkern.methods.objective import Batch, Loss, Objective, Rows
 from oodkern.ops._checks import check_choice
 from oodkern.synthesis import boundary_outliers, read_bank
+from oodkern.synthesis.boundary import check_draws
 
 TRANSFERS, TEACHER_OUTPUTS = ("auto", "mlp", "identity"), ("auto", "online", "cached")
 PER_CLASS = 500  # images whose features outliers are drawn around, as released
@@ -57,7 +58,22 @@ class OAL(Method):
     def __init__(self, options: OALOptions, multi_label: bool = False) -> None:
         check_choice(options.transfer, "loss.transfer", TRANSFERS)
         check_choice(options.teacher_outputs, "loss.teacher_outputs", TEACHER_OUTPUTS)
+        check_draws(options.neighbour, options.boundary, options.draws, options.keep, options.sigma, options.rounds)
         super().__init__(options, multi_label)
+
+    def check(self, setting: Setting) -> None:
+        options = self.options
+        if options.bank and not Path(options.bank).is_file():
+            raise ValueError(f"loss.bank: no such file: {options.bank}")
+        if options.teacher and not Path(options.teacher).is_dir():
+            raise ValueError(f"loss.teacher: expected the folder of a run, and {options.teacher} is none")
+        features, classes = setting.model.head.in_features, len(setting.split.classes)
+        taught = self.teacher_of(setting).head.in_features
+        more = (read_bank(Path(options.bank)).shape[1],) if options.bank else ()
+        self.loss_of_sizes(features, classes, taught, (taught, *more))
+
+    def teacher_of(self, setting: Setting) -> Classifier:
+        return setting.load_classifier(self.options.teacher) if self.options.teacher else setting.model
 
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         return self.loss_of_sizes(8, 2, 8, (8, 8) if self.options.bank else (8,))  # of any sizes, to check the options
@@ -82,7 +98,7 @@ class OAL(Method):
 
     def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
         options, images = self.options, setting.split.train
-        teacher = setting.load_classifier(options.teacher) if options.teacher else setting.model
+        teacher = self.teacher_of(setting)
         cached = options.teacher_outputs == "cached"
         if options.teacher_outputs == "auto":
             cached = setting.split.augmentation == "none"

@@ -118,6 +118,6 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError(".safetensors files need safetensors: pip install safetensors") from None
+        raise ImportError(".safetensors files need safetensors: pip install 'oodkern[synthesis]'") from None
     module: ModuleType = safetensors
     return module

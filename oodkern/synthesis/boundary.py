@@ -134,7 +134,18 @@ def _check(features: Any, labels: Any, generator: Any, *numbers: Any) -> None:
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator.device.type not in ("cpu", features.device.type):
         raise ValueError(f"generator: expected on {features.device} or on the CPU, got {generator.device}")
-    neighbour, boundary, draws, keep, sigma, rounds = numbers
+    check_draws(*numbers)
+    norms = sample_norm(features)
+    bad = ~(norms.isfinite() & (norms > 0)) & (labels >= 0)
+    if bad.any():
+        raise ValueError(
+            f"features: expected finite rows other than 0, got {int(bad.sum())} that are not, the first of them row "
+            f"{int(bad.nonzero()[0])}, of class {int(labels[bad][0])}"
+        )
+
+
+def check_draws(neighbour: Any, boundary: Any, draws: Any, keep: Any, sigma: Any, rounds: Any) -> None:
+    """Of the numbers among the arguments of `boundary_outliers`."""
     for share, name in ((neighbour, "neighbour"), (boundary, "boundary")):
         if not 0 < check_non_negative(share, name) <= 1:
             raise ValueError(f"{name}: expected a share of the class, above 0 and up to 1, got {share}")
@@ -143,10 +154,3 @@ def _check(features: Any, labels: Any, generator: Any, *numbers: Any) -> None:
     if keep > draws:
         raise ValueError(f"keep: expected {draws} or fewer, as many as draws, got {keep}")
     check_non_negative(sigma, "sigma")
-    norms = sample_norm(features)
-    bad = ~(norms.isfinite() & (norms > 0)) & (labels >= 0)
-    if bad.any():
-        raise ValueError(
-            f"features: expected finite rows other than 0, got {int(bad.sum())} that are not, the first of them row "
-            f"{int(bad.nonzero()[0])}, of class {int(labels[bad][0])}"
-        )

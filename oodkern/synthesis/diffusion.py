@@ -148,5 +148,5 @@ def _load(name: Any, device: torch.device) -> Any:
         import transformers  # noqa: F401  (which diffusers needs for text, and misses later, with another error)
         from diffusers import StableDiffusionPipeline
     except ImportError:
-        raise ImportError("diffusion_latents needs diffusers: pip install diffusers transformers") from None
+        raise ImportError("diffusion_latents needs diffusers: pip install 'oodkern[synthesis]'") from None
     return StableDiffusionPipeline.from_pretrained(name).to(device)

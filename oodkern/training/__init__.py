@@ -2,8 +2,8 @@
 
 from oodkern.training.detector import Detector, Prediction, load_run
 from oodkern.training.evaluation import Evaluation, evaluate
+from oodkern.training.launch import train
 from oodkern.training.run import Run
 from oodkern.training.stage import NotFinite
-from oodkern.training.trainer import train
 
 __all__ = ["Detector", "Evaluation", "NotFinite", "Prediction", "Run", "evaluate", "load_run", "train"]

@@ -14,8 +14,8 @@ from oodkern.config import ConfigError, TrainConfig, load_config, read_given
 from oodkern.tables import aligned, percent
 from oodkern.training.evaluation import Evaluation, best_of
 from oodkern.training.folder import read_environment
+from oodkern.training.launch import train
 from oodkern.training.run import Run
-from oodkern.training.trainer import train
 
 BASELINE = "ce"
 CONFIDENCE = 0.95

@@ -5,6 +5,7 @@ A run that takes it has the bits that it would have had: the random state of tha
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from oodkern.training.random_state import random_state, set_random_state
 
 # Keys that pretraining does not depend on, beside those of the loss.
 LATER = (
-    *("method", "epochs", "name", "output", "checkpoint_steps", "split_forward", "head", "data.workers"),
+    *("method", "epochs", "name", "output", "checkpoint_steps", "split_forward", "data.workers"),
     *("optimizer.lr", "optimizer.outlier_batch_size"),
 )
 
@@ -33,17 +34,20 @@ def key_of(config: TrainConfig) -> dict[str, Any]:
 def read_pretrained(path: Path, config: TrainConfig, model: nn.Module) -> list[dict[str, Any]] | None:
     """Gives the model its weights and the process its random state; returns the lines of the pretraining's log.
 
-    None where the file is not there, not readable, or of another configuration.
+    None where the file is not there, not readable, or of another configuration; model and random state then stay.
     """
+    weights, random = copy.deepcopy(model.state_dict()), random_state()
     try:
         state = files.load_checkpoint(path)
         if state.get("format") != FORMAT or state["key"] != key_of(config):
             return None
         model.load_state_dict(state["model"])
         set_random_state(state["random"])
+        return state["lines"]
     except Exception:  # whatever a damaged file raises: it is made again
+        model.load_state_dict(weights)
+        set_random_state(random)
         return None
-    return state["lines"]
 
 
 def write_pretrained(path: Path, config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]]) -> None:

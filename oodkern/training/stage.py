@@ -51,6 +51,13 @@ def build_optimizer(
     )
 
 
+def placed(value: Any, device: torch.device) -> Any:
+    """Nested dicts with their tensors on a device: checkpoints are read to the CPU."""
+    if isinstance(value, dict):
+        return {name: placed(one, device) for name, one in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 class Stage:
     """`advance()` is one step over a batch of ID images and one of outliers.
 
@@ -236,6 +243,6 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
         self.step, self.totals = state["step"], dict(state["totals"])
-        self.objective.load_state_dict(state)
+        self.objective.load_state_dict({name: placed(value, self.device) for name, value in state.items()})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

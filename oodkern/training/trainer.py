@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +12,14 @@ import torch
 
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
-from oodkern.data import ImageSet, OODSplit, build_split
-from oodkern.data.options import OWN
-from oodkern.data.sources import ready
+from oodkern.data import ImageSet, OODSplit
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import METHODS, Method, Objective
 from oodkern.metrics import auroc, threshold_at_recall
 from oodkern.training import files
 from oodkern.training.board import Board
 from oodkern.training.evaluation import SAMPLE, Judged, Score, correct, scored
-from oodkern.training.folder import FORMAT, prepare
+from oodkern.training.folder import FORMAT
 from oodkern.training.fused import check_fused_head
 from oodkern.training.interrupt import Interrupt
 from oodkern.training.pretrained import read_pretrained, write_pretrained
@@ -30,53 +27,7 @@ from oodkern.training.progress import shown
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
 from oodkern.training.run import Run, judge_both
 from oodkern.training.stage import NotFinite, Stage
-from oodkern.training.start import build_classifier, find_device, setting_of
-
-
-def train(
-    config: TrainConfig,
-    log: Callable[[str], None] = print,
-    progress: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-    report: bool = True,
-    split: OODSplit | None = None,
-    pretrained: Path | None = None,
-) -> Run:
-    """Runs a configuration and writes its folder; the same configuration gives the same bits at the same threads.
-
-    Args:
-        config: from `oodkern.config.load_config`.
-        log: gets lines for a person.
-        progress: shows bars.
-        resume: goes on with the run in the folder, bit for bit, where there is one.
-        overwrite: starts anew where there is one.
-        report: writes report.html too.
-        split: images of your own instead of those that `config.data` names.
-        pretrained: a file that runs share: the pretrained model is taken from it where it holds that of this
-            configuration, and written there otherwise. It changes no number.
-
-    Raises ConfigError, also where the folder holds a run and neither `resume` nor `overwrite` is given; DataError;
-    NotFinite where the loss or its gradient is, with the batch saved; KeyboardInterrupt after Ctrl-C, with the run
-    ready to be resumed.
-    """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = find_device(config.device)
-    if split is not None:
-        config = replace(config, data=replace(config.data, name=f"{OWN}:{split.name}"))
-    try:
-        split = build_split(config.data) if split is None else ready(split, config.data)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    state = prepare(config.folder, config, resume, overwrite)
-    with files.JSONLines(config.folder / "metrics.jsonl", state["log_bytes"] if state else 0) as lines:
-        run = Trainer(config, split, device, lines, log, progress, pretrained).run(state)
-    if report:
-        from oodkern.report import write_report
-
-        write_report(run)
-    return run
+from oodkern.training.start import build_classifier, setting_of
 
 
 class Trainer:
@@ -118,6 +69,7 @@ class Trainer:
             self.log(f"resuming {config.folder} after epoch {state['epoch']} of {state['stage']}")
             self.restore(state, model)
         if self.baseline is None:
+            self.check(model)
             self.pretrain(model, Objective(baseline_loss.to(self.device)), state)
             state = None
             self.baseline = copy.deepcopy(model)
@@ -130,11 +82,23 @@ class Trainer:
                 self.lines.write(stage="decided", **self.decided)
         if self.decided:
             self.log(self.method.describe(self.decided))
-        objective = self.method.objective(self.decided, setting_of(config, split, self.baseline, self.device))
+        try:
+            objective = self.method.objective(self.decided, setting_of(config, split, self.baseline, self.device))
+        except (ValueError, ImportError) as error:  # of what options name, such as a file of latents
+            raise ConfigError(str(error)) from None
         objective.loss.to(self.device)
         self.train_stage("method", model, objective, self.method.uses_outliers, state)
         self.board.close()
         return self.judge(model)
+
+    def check(self, model: Classifier) -> None:
+        """What the method would not begin with is an error before pretraining. Leaves no trace in the random state."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                self.method.check(setting_of(self.config, self.split, copy.deepcopy(model), self.device))
+        except (ValueError, ImportError) as error:
+            raise ConfigError(str(error)) from None
 
     def pretrain(self, model: Classifier, objective: Objective, state: dict[str, Any] | None) -> None:
         if self.pretrained is not None and state is None:

@@ -139,7 +139,7 @@ def test_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "bank.safetensors").touch()
     for verb in (read_bank, lambda path: write_bank(path, torch.ones(2, 2))):
-        with pytest.raises(ImportError, match="pip install safetensors"):
+        with pytest.raises(ImportError, match=r"pip install 'oodkern\[synthesis\]'"):
             verb(tmp_path / "bank.safetensors")
 
 

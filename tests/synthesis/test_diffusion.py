@@ -191,7 +191,7 @@ def test_embeddings_of_another_size(pipeline):
 @pytest.mark.parametrize("missing", ["diffusers", "transformers"])
 def test_without_diffusers(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match="pip install diffusers transformers"):
+    with pytest.raises(ImportError, match=r"pip install 'oodkern\[synthesis\]'"):
         make("some/pipeline")
 
 
