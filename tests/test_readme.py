@@ -22,7 +22,7 @@ def blocks(text, language):
 
 def test_python_blocks_run(readme):
     found = blocks(readme, "python")
-    assert len(found) == 5
+    assert len(found) == 6
     names: dict = {}
     exec(found[0], names)
     assert (names["energy"].shape, names["energy"].dtype) == ((256,), torch.float32)
@@ -41,6 +41,9 @@ def test_python_blocks_run(readme):
     exec(found[3], names)
     assert set(names["parts"]) == {"ce", "energy_in", "energy_out"}
     exec(found[4], names)
+    assert names["apart"].shape == names["value"].shape == ()
+    assert names["penalty"].requires_grad
+    exec(found[5], names)
     assert (names["logits"].shape, names["features"].shape) == ((2, 10), (2, 128))
     torch.testing.assert_close(names["classifier"].head(names["features"]), names["logits"])
 

@@ -101,6 +101,7 @@ class SeparationObjective(Objective):
         return (model.features(images),) if self.fused else tuple(model.outputs(images))
 
     def loss_of(self, model: Any, rows: Rows, batch: Batch) -> Loss:
+        self.loss.calls = batch.step  # `refresh` is in steps, and a step in parts has two calls
         if self.fused:
             return self.loss_of_features(model, rows[0], batch)
         (logits, more_logits), (features, more_features) = (parted(one, len(batch.target)) for one in rows)

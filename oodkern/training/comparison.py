@@ -143,11 +143,14 @@ class Comparison:
             "runs": self.runs,
         }
 
-    def table(self) -> str:
+    def table(self, metrics: Sequence[str] = tuple(METRICS)) -> str:
+        """The summary for a person: of some metrics, and the accuracy."""
         names = {"auroc": "AUROC", "aupr_out": "AUPR", "fpr95_ood_positive": "FPR95", "fpr95_id_positive": "FPR95(ID+)"}
         head = ("method", "score", "OOD set", "metric", "mean", "minus ce", "95 % interval", "better in")
         rows = []
         for row in self.summary():
+            if row["metric"] not in (*metrics, "accuracy"):
+                continue
             found = row["difference"]
             shown = ("", "", "")
             if found:

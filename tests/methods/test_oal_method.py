@@ -64,11 +64,11 @@ def test_the_step(tmp_path):
 
 
 def test_outliers_are_drawn_at_the_edge_of_the_teachers_features():
-    stage = stage_of("oal", *PLAIN, "loss.neighbour=0.5", "loss.boundary=0.2", "loss.sigma=0.1")
+    stage = stage_of("oal", *PLAIN, "loss.neighbour=0.5", "loss.boundary=0.2", "loss.sigma=0.1", "loss.rounds=2")
     images = split_of(augmentation="none").train
     with torch.no_grad():
         features = stage.objective.teacher.outputs(images.images(torch.arange(len(images)))).features
-    expected = boundary_outliers(features, images.labels, generator_of(0, 0), 0.5, 0.2, 20, 8, 0.1, 1).latents
+    expected = boundary_outliers(features, images.labels, generator_of(0, 0), 0.5, 0.2, 20, 8, 0.1, 2).latents
     torch.testing.assert_close(stage.objective.banks[0], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,5 +1,7 @@
 """`separation` in the trainer: the step in float64, its stages, its projection, its score."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,17 @@ def test_the_projection_follows_the_weights(rank):
         check_step(stage, *by_hand(stage, kept[-1]))
     moved = kept[0] @ kept[0].T - kept[1] @ kept[1].T
     assert moved.norm() > 1e-3, "the weights moved"
+
+
+@pytest.mark.parametrize("forward", ["false", "true"])
+def test_the_projection_counts_steps(forward):
+    """And not the passes of a step, of which split_forward makes two."""
+    options = ("loss.separation=projection", "loss.rank=2", "loss.refresh=2", "optimizer.lr=0.3", "epochs=2")
+    stage, made = stage_of("separation", *options, f"split_forward={forward}", "loss.beta=3"), []
+    for _ in range(6):
+        stage.advance()
+        made.append(stage.objective.loss.basis.clone())
+    assert [torch.equal(one, other) for one, other in pairwise(made)] == [True, False] * 2 + [True]
 
 
 @pytest.mark.parametrize("options", [(), ("loss.start=0.4",), ("loss.separation=projection", "loss.refresh=2")])

@@ -77,6 +77,12 @@ def test_the_verb_tells_them(run, capsys):
 
 
 def test_a_side_without_images_is_left_empty():
-    found = {"images": 3, "share_accepted": 1.0, "accepted": [1.0, 2.0, 3.0], "flagged": None, "gradient_norm": [0.1] * 3}
+    found = {
+        "images": 3,
+        "share_accepted": 1.0,
+        "accepted": [1.0, 2.0, 3.0],
+        "flagged": None,
+        "gradient_norm": [0.1] * 3,
+    }
     line = tables.certificate_table({"far": found}).splitlines()[2]
     assert line.split() == ["far", "3", "100.0", "2", "(1", "..", "3)", "0.1", "(0.1", "..", "0.1)"]

@@ -63,8 +63,7 @@ def test_a_run_from_training_to_report(tmp_path, method, capsys):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_more_epochs_learn(tmp_path, method):
     """The classes stay known, and validation outliers are told better than by chance."""
-    longer = ["epochs=3", "pretrain.epochs=8", "model.width=8", "optimizer.batch_size=32"]
-    longer += ["data.limit=320", "pretrain.epochs=5"] if method == "edge" else ["data.limit=640"]
+    longer = ("epochs=4", "pretrain.epochs=8", "model.width=8", "data.limit=640", "optimizer.batch_size=32")
     run = train(config_of(tmp_path, method, *longer), log=silent, report=False)
     assert run.method.accuracy > (0.5 if run.split.multi_label else 0.93)
     last = [line for line in run.history if line["stage"] == method and "epoch" in line][-1]
@@ -102,9 +101,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", list(RESUMED))
-def test_resuming_is_bit_for_bit_the_same(tmp_path, monkeypatch, case):
-    method, options = RESUMED[case]
+def check_resuming(tmp_path, monkeypatch, method, options):
     stop = next((int(one[5:]) for one in options if one.startswith("stop=")), 2)
     options = [one for one in options if not one.startswith("stop=")]
     # A step after the checkpoint is lost, and made again; dropout and augmentation draw their numbers.
@@ -128,6 +125,11 @@ def test_resuming_is_bit_for_bit_the_same(tmp_path, monkeypatch, case):
     monkeypatch.setattr(Stage, "advance", advance)
     resumed = train(config, log=silent, report=False, resume=True)
     check_the_same(resumed.folder, whole)
+
+
+@pytest.mark.parametrize("case", list(RESUMED))
+def test_resuming_is_bit_for_bit_the_same(tmp_path, monkeypatch, case):
+    check_resuming(tmp_path, monkeypatch, *RESUMED[case])
 
 
 def test_the_state_holds_what_the_next_step_depends_on():
@@ -291,5 +293,4 @@ def test_smooth_networks_by_hook_train_with_every_method():
 def test_resuming_on_a_gpu(tmp_path, monkeypatch, case):
     """Checkpoints are read to the CPU; a round's candidates, a basis and prototypes are where the model is."""
     method, options = RESUMED[case]
-    monkeypatch.setitem(RESUMED, case, (method, (*options, "device=cuda")))
-    test_resuming_is_bit_for_bit_the_same(tmp_path, monkeypatch, case)
+    check_resuming(tmp_path, monkeypatch, method, (*options, "device=cuda"))

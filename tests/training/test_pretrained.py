@@ -57,7 +57,7 @@ def check_the_same(run, other):
 @pytest.mark.parametrize("method", ["oe", "energy", "greg", "gregplus", "separation", "oal"])
 def test_a_run_that_takes_the_file_is_the_one_that_does_not(tmp_path, method, stages):
     shared = tmp_path / "shared" / "model.ckpt"
-    first = train(config_of(tmp_path, "ce"), silent, report=False, pretrained=shared)
+    train(config_of(tmp_path, "ce"), silent, report=False, pretrained=shared)
     assert stages == ["pretrain", "method"]
     alone = train(config_of(tmp_path, method, "name=alone"), silent, report=False)
     stages.clear()
@@ -65,7 +65,6 @@ def test_a_run_that_takes_the_file_is_the_one_that_does_not(tmp_path, method, st
     assert stages == ["method"]
     check_the_same(taken, alone)
     weights = load_checkpoint(shared)["model"]
-    assert all(torch.equal(one, weights[key]) for key, one in first.model.state_dict().items()) is False
     assert same(load_checkpoint(taken.folder / "last.ckpt")["baseline"], dict(weights))
     lines = [line for line in taken.history if line["stage"] == "pretrain"]
     assert len(lines) == 1
