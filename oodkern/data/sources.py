@@ -27,12 +27,14 @@ from oodkern.data.split import (
     without_shared_images,
 )
 
-# What suits the images of a kind: augmentation of ID images, and of outliers.
+# What suits the images of a kind: augmentation of ID images, and of outliers. Letters that are white strokes on black
+# teach that strokes are unknown and nothing of textures, which the energy then takes for clothes: with Fashion-MNIST as
+# the ID set AUROC on textures is 44 before fine-tuning, 29 after it with "crop", and 100 with "vary+crop".
 SUITABLE = {
     "digits": ("none", "vary"),
     "digits-multilabel": ("none", "vary"),
-    "idx": ("crop", "crop"),
-    "emnist": ("crop", "crop"),
+    "idx": ("crop", "vary+crop"),
+    "emnist": ("crop", "vary+crop"),
     "cifar10": ("crop+flip", "crop+flip"),
     "cifar100": ("crop+flip", "crop+flip"),
     "folder": ("crop+flip", "crop+flip"),
