@@ -43,7 +43,8 @@ EVALUATE_EXAMPLES = f"""\
 examples:
   oodkern evaluate runs/energy-seed0
   oodkern evaluate runs/energy-seed0 --checkpoint best --json
-  oodkern evaluate runs/greg-seed0 --certificate     local certified radii: (threshold - S) / ||grad S||
+  oodkern evaluate runs/greg-seed0 --certificate     local certified radii: (threshold - S) / ||grad S||,
+                                                     "inf" in --json where the gradient is 0
   oodkern evaluate runs/energy-seed0 data.ood.textures=folder:DIR    one more OOD set
 
 {EXIT_CODES}
@@ -148,8 +149,12 @@ def parser() -> argparse.ArgumentParser:
     )
     trained(select)
     select.add_argument("words", nargs="+", metavar="NAME=SOURCE", help="the candidates")
-    select.add_argument("--top", type=int, default=32, metavar="K", help="singular values compared (default 32)")
-    select.add_argument("--batch-size", type=int, default=64, metavar="B", help="images in a batch (default 64)")
+    select.add_argument(
+        "--top", type=int, default=32, metavar="K", help="singular values compared, at most B (default 32)"
+    )
+    select.add_argument(
+        "--batch-size", type=int, default=64, metavar="B", help="images in a batch, at most N (default 64)"
+    )
     select.add_argument("--images", type=int, default=2048, metavar="N", help="at most, of each set (default 2048)")
     select.add_argument("--seed", type=int, default=0, help="of the draw of the images (default 0)")
     select.add_argument("--out", metavar="FOLDER", help="for outlier-sets.svg (default: the folder of the run)")

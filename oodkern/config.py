@@ -23,6 +23,7 @@ from oodkern.models import ModelConfig, check_model
 
 PRECISIONS, OPTIMIZERS, SCHEDULES = ("fp32", "bf16", "fp16"), ("sgd", "adamw"), ("cosine", "step", "constant")
 HEADS = ("full", "fused")
+BATCH_NORMS = ("batch", "frozen")
 
 # Defaults of an embedded set, and of a method on it, where they are not those of the schema: found by hand. Binary
 # cross-entropy is a mean over the labels, and SGD at the rates of the other set does not fit it (seed 0: mAP 61 against
@@ -86,6 +87,9 @@ class TrainConfig:
     threads: int = option(0, "of the CPU; 0: as many as PyTorch takes")
     precision: str = option("fp32", "fp32, bf16 or fp16 (by autocast, fp16 with a gradient scaler)")
     split_forward: bool = option(False, "ID and outliers one after the other: less memory, other BatchNorm statistics")
+    batch_norm: str = option(
+        "batch", "in fine-tuning: batch, by each batch's statistics; frozen, by the starting model's"
+    )
     head: str = option("full", "full: losses of logits; fused: of features and head, for which no logits are stored")
     checkpoint_steps: int = option(0, "also write last.ckpt every so many steps; 0: after each epoch alone")
     data: DataConfig = field(default_factory=DataConfig)
@@ -247,6 +251,7 @@ def check_values(config: TrainConfig) -> None:
     choices = {
         "precision": (config.precision, PRECISIONS),
         "head": (config.head, HEADS),
+        "batch_norm": (config.batch_norm, BATCH_NORMS),
         "optimizer.name": (config.optimizer.name, OPTIMIZERS),
         "schedule.name": (config.schedule.name, SCHEDULES),
     }

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from oodkern.classifier import Classifier
-from oodkern.data import ImageSet, OODSplit, open_source
-from oodkern.data.options import MULTI_LABEL, OWN, kind_of
-from oodkern.data.sources import conform, part_of
-from oodkern.data.split import seen_in, unseen
+from oodkern.data import ImageSet
 from oodkern.ops._checks import check_count, check_floating
 
 LARGEST_SEED = 2**63 - 1  # of a torch.Generator
@@ -243,40 +239,3 @@ def rank_outlier_sets(
         for (name, images), spectra in zip(candidates.items(), of_candidates, strict=True)
     ]
     return sorted(ranked, key=lambda one: one.distance)
-
-
-def source_of(text: str) -> str:
-    """A source in full: what `data.outliers` takes, or the folder that stands for folder:PATH."""
-    try:
-        kind, _ = kind_of(text)
-    except ValueError as error:
-        if Path(text).expanduser().is_dir():
-            return f"folder:{text}"
-        raise ValueError(f"{error}, which is no folder either") from None
-    if kind in (OWN, *MULTI_LABEL):
-        raise ValueError(f"expected a source that can be read as outliers, got {text!r}")
-    return text
-
-
-def open_candidates(sources: Mapping[str, str], split: OODSplit, number: int | None) -> dict[str, tuple[ImageSet, int]]:
-    """The images of NAME: SOURCE as training would take them for outliers, and how many were left out.
-
-    They are decoded to the channels and the size of the split, whose number is `number`; of a set with parts the
-    training part is taken. Left out are images of the ID set.
-
-    Raises ValueError naming the set for a source that is none, DataError naming the file.
-    """
-    full = {}
-    for name, source in sources.items():
-        try:
-            full[name] = source_of(source)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    channels, size, _ = split.train.shape
-    seen = seen_in(split.train, split.validation, split.test)
-    opened = {}
-    for name, source in full.items():
-        images = part_of(open_source(source, channels, size, number), "train").as_outliers()
-        fresh = unseen(conform(images, channels, size), seen)
-        opened[name] = (fresh, len(images) - len(fresh))
-    return opened

@@ -57,8 +57,10 @@ def evaluation_table(named: Sequence[tuple[str, Evaluation]], multi_label: bool)
 
 
 def certificate_table(by_set: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `oodkern.training.certify` found of each set."""
-    head = ("images", "", "accepted", "radius of these", "radius of the flagged", "gradient's norm")
+    """What `oodkern.training.certify` found of each set; how many radii are NaN, where some are."""
+    undefined = any("undefined" in found for found in by_set.values())
+    head = ["set", "images", "accepted", "radius of these", "radius of the flagged", "gradient's norm"]
+    head += ["undefined"] if undefined else []
 
     def shown(values: Sequence[float] | None) -> str:
         return "" if values is None else f"{values[1]:.3g} ({values[0]:.3g} .. {values[2]:.3g})"
@@ -69,6 +71,7 @@ def certificate_table(by_set: Mapping[str, Mapping[str, Any]]) -> str:
             f"{found['images']:,}",
             percent(found["share_accepted"]),
             *(shown(found[key]) for key in ("accepted", "flagged", "gradient_norm")),
+            *([f"{found.get('undefined', 0):,}"] if undefined else []),
         )
         for name, found in by_set.items()
     ]

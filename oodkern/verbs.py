@@ -13,16 +13,17 @@ import torch
 from oodkern import tables
 from oodkern.config import ConfigError, load_config, to_yaml
 from oodkern.data import DataError, build_split
+from oodkern.data.candidates import open_candidates
 from oodkern.data.images import image_files
 from oodkern.data.options import check_names
 from oodkern.data.sources import with_more_ood
-from oodkern.outlier_sets import open_candidates, rank_outlier_sets
+from oodkern.outlier_sets import LARGEST_SEED, rank_outlier_sets
 from oodkern.report.comparison import write_comparison
 from oodkern.report.spectra import outlier_set_figure, ranking_record, ranking_table
 from oodkern.training import Detector, load_run
 from oodkern.training import evaluate as judge
 from oodkern.training import train as run_training
-from oodkern.training.certify import certify
+from oodkern.training.certify import as_json, certify
 from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
 from oodkern.training.files import write_text
@@ -94,7 +95,7 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
                     "ood": ood,
                     "threshold": detector.threshold,
                     "flagged": flagged,
-                    **({"certificate": radii} if radii else {}),
+                    **({"certificate": {name: as_json(one) for name, one in radii.items()}} if radii else {}),
                 },
                 indent=2,
             )
@@ -173,10 +174,14 @@ def compare(options: argparse.Namespace, command: list[str]) -> int:
 
 def select_outliers(options: argparse.Namespace, command: list[str]) -> int:
     sources = named_sources(options.words)
-    if not 1 <= options.batch_size <= options.images:
-        raise ConfigError(
-            f"--batch-size, --images: expected a batch from 1 to --images={options.images}, got {options.batch_size}"
-        )
+    for name, value, least, most, why in (
+        ("images", options.images, 1, LARGEST_SEED, ""),
+        ("batch-size", options.batch_size, 1, options.images, ", the --images"),
+        ("top", options.top, 1, options.batch_size, ", the --batch-size and as many singular values as there are"),
+        ("seed", options.seed, 0, LARGEST_SEED, ""),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"--{name}: expected a number from {least} to {most:,}{why}, got {value}")
     detector = load_run(options.run, options.checkpoint)
     data = detector.config.data
     try:

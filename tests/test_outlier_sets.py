@@ -13,7 +13,6 @@ from oodkern.outlier_sets import (
     dilation_distance,
     distance_error,
     mean_spectrum,
-    open_candidates,
     rank_outlier_sets,
 )
 
@@ -249,18 +248,6 @@ def test_mistakes_name_the_argument(changed, error, message):
     given = {"classifier": Classifier(Flat(64)), "known": images_of(3), "candidates": {"x": images_of(3)}}
     with pytest.raises(error, match=message):
         rank_outlier_sets(**{**given, "batch_size": 32, **changed})
-
-
-def test_id_images_are_left_out_of_a_candidate():
-    split = build_split(DataConfig())
-    found = open_candidates({"digits": "digits", "far": "photos"}, split, None)
-    digits, left_out = found["digits"]
-    known = len(split.train) + len(split.validation) + len(split.test)
-    assert (len(digits), left_out) == (1797 - known, known)
-    assert (len(found["far"][0]), found["far"][1]) == (360, 0)
-    assert (digits.labels == -1).all()
-    of_known = {tuple(image) for image in split.train.images(torch.arange(len(split.train))).flatten(1).tolist()}
-    assert not of_known & {tuple(image) for image in digits.images(torch.arange(len(digits))).flatten(1).tolist()}
 
 
 def test_features_of_a_model_that_speaks_the_protocol():

@@ -145,10 +145,6 @@ def test_verb_agrees_with_the_function(run, capsys, monkeypatch):
         (["near"], "near: expected NAME=SOURCE"),
         (["near="], "near=: expected NAME=SOURCE"),
         (["id=near"], "id: expected a name of letters, digits, - and _"),
-        (["near=near", "--images", "63"], "--batch-size, --images: expected a batch from 1 to --images=63, got 64"),
-        (["near=near", "--batch-size", "0"], "--batch-size, --images: expected a batch from 1 to --images=2048, got 0"),
-        (["near=near", "--top", "65"], "top: expected at most 64, the singular values of a batch, got 65"),
-        (["near=near", "--seed", "-1"], "seed: expected 0 or more, got -1"),
         (["near=near", "--out", "r/config.yaml"], "[Errno 17]"),
     ],
 )
@@ -160,6 +156,30 @@ def test_verb_mistakes_are_2_and_one_line(run, arguments, message, capsys, monke
     assert captured.err.startswith(f"oodkern select-outliers: {message}")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "0"], "--images: expected a number from 1 to 9,223,372,036,854,775,807, got 0"),
+        (["--images", "63"], "--batch-size: expected a number from 1 to 63, the --images, got 64"),
+        (["--batch-size", "0"], "--batch-size: expected a number from 1 to 2,048, the --images, got 0"),
+        (["--top", "65"], "--top: expected a number from 1 to 64, the --batch-size and as many singular values as "),
+        (["--top", "0"], "--top: expected a number from 1 to 64"),
+        (["--top", "17", "--batch-size", "16"], "--top: expected a number from 1 to 16"),
+        (["--seed", "-1"], "--seed: expected a number from 0 to 9,223,372,036,854,775,807, got -1"),
+        (["--seed", str(2**63)], "--seed: expected a number from 0 to "),
+    ],
+)
+def test_numbers_are_looked_at_before_anything_is_opened(arguments, message, capsys, monkeypatch, tmp_path):
+    """There is neither a run nor a set, which is told where the numbers are right."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["select-outliers", "no-run", "near=nowhere", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"oodkern select-outliers: {message}")
+    assert captured.err.count("\n") == 1
+    assert main(["select-outliers", "no-run", "near=nowhere"]) == 2
+    assert "no-run" in capsys.readouterr().err
 
 
 def test_verb_tells_of_id_images_that_it_left_out(run, capsys, monkeypatch):

@@ -49,6 +49,12 @@ class OODSplit:
             f"{len(self.outlier_validation):,} to validate; test OOD {ood}{dropped}"
         )
 
+    def facts(self) -> dict[str, Any]:
+        """What tells these training images from others without a look at each: classes, shape, numbers."""
+        parts = ("train", "validation", "outliers", "outlier_validation")
+        images = {name: len(getattr(self, name)) for name in parts}
+        return {"classes": list(self.classes), "shape": list(self.train.shape), "images": images}
+
 
 class ClassSplit(NamedTuple):
     """Which classes are known, which are outliers, which are the OOD of the test."""

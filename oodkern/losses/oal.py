@@ -21,8 +21,10 @@ from oodkern.ops._checks import check_choice, check_count, check_non_negative, c
 from oodkern.ops._product import check_beside, check_matrix
 
 CONTRASTS, CLUB_MODES, TRANSFERS = ("club", "infonce"), ("literal", "mle"), ("mlp", "identity")
-# Learning rates of the released script, relative to the student's 0.005: 0.01 of the transfer, 1e-4 of CLUB's nets.
-TRANSFER_RATE, CLUB_RATE = 2.0, 0.02
+# Learning rates of the released script, relative to the student's 0.005: 0.01 of the transfer, 1e-4 of CLUB's nets. At
+# that rate maximum likelihood moves q from 75.3 to 73.4 nats in ten epochs of the embedded digits; at the student's own
+# to 51.7, near the best q that looks at no outlier.
+TRANSFER_RATE, CLUB_RATE, LIKELIHOOD_RATE = 2.0, 0.02, 1.0
 
 
 class OALLoss(nn.Module):
@@ -237,8 +239,9 @@ class OALLoss(nn.Module):
         self.prototypes.copy_(torch.where(own.any(0)[:, None], moved, self.prototypes))
 
     def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """(parameters, their learning rate relative to the student's), as released: the transfer, then CLUB's q."""
-        groups = [(self.transfer, TRANSFER_RATE), (self.conditionals, CLUB_RATE)]
+        """(parameters, their learning rate relative to the student's): the transfer, as released, then CLUB's q."""
+        club = CLUB_RATE if self.club_mode == "literal" else LIKELIHOOD_RATE
+        groups = [(self.transfer, TRANSFER_RATE), (self.conditionals, club)]
         return [(list(part.parameters()), rate) for part, rate in groups if any(True for _ in part.parameters())]
 
     def _check(

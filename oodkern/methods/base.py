@@ -100,6 +100,11 @@ class Method:
         return ", ".join(f"{name} {value}" for name, value in decided.items())
 
 
+def check_share(value: float, name: str) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
+
+
 def generator_of(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Random numbers of one step, the same whether or not the run was resumed before it."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)

@@ -11,7 +11,7 @@ from torch import nn
 
 from oodkern._options import option
 from oodkern.losses import EDGELoss
-from oodkern.methods.base import Method, Setting
+from oodkern.methods.base import Method, Setting, check_share
 from oodkern.methods.objective import Objective
 
 
@@ -53,8 +53,3 @@ class EdgeObjective(Objective):
 
     def begin(self, progress: float) -> None:
         self.loss.beta = self.options.beta if progress >= self.options.gap_start else 0.0
-
-
-def check_share(value: float, name: str) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oodkern._errors import brief
 from oodkern._options import option
 from oodkern.classifier import Classifier
 from oodkern.losses import GRegLoss
@@ -41,7 +40,7 @@ class GRegPlusOptions(GRegOptions):
     """Of the energy hinges, of the gradient's norm, and of the choice of outliers."""
 
     candidates: int = option(0, "outliers to choose from; 0: three times those of a step")
-    clusters: int = option(0, "of the candidates' features; 0: as many as ID images a step, 64 at most")
+    clusters: int = option(0, "of the candidates' features; 0: half a step's outliers, at most 64 or its ID images")
     two_way: bool = option(True, "of each cluster the outliers of lowest and of highest energy; false: of lowest alone")
     sample_every: int = option(1, "steps that share a batch of candidates, with the features it had at the first")
 
@@ -65,8 +64,11 @@ class GReg(Energy):
         images = setting.model.normalize(setting.split.train.images(torch.arange(1)).to(device))
         try:
             gradient_penalty(Energies(setting.model.model, self), images, images.new_ones(1), "finite_difference")
-        except RuntimeError as error:
-            raise ValueError(f"loss.second_order: {brief(error)}") from None
+        except RuntimeError:
+            raise ValueError(
+                "loss.second_order: finite_difference expects a smooth network, of SiLU or GELU, and the model has "
+                "kinks such as ReLU's or max-pooling's; take exact"
+            ) from None
 
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
@@ -170,7 +172,9 @@ class GRegPlus(GReg):
     def sizes(self, batch_size: int, outlier_batch_size: int) -> tuple[int, int]:
         """How many candidates are read at a time, and their clusters."""
         options, taken = self.options, outlier_batch_size * self.options.sample_every
-        return options.candidates or 3 * taken, options.clusters or min(64, batch_size)
+        sides = 2 if options.two_way else 1
+        clusters = options.clusters or max(min(64, batch_size, outlier_batch_size // sides), 1)
+        return options.candidates or 3 * taken, clusters
 
     def check_batches(self, batch_size: int, outlier_batch_size: int) -> None:
         candidates, clusters = self.sizes(batch_size, outlier_batch_size)
@@ -182,6 +186,11 @@ class GRegPlus(GReg):
             )
         if clusters > candidates:
             raise ValueError(f"loss.clusters: expected at most {candidates}, the candidates, got {clusters}")
+        if self.options.two_way and outlier_batch_size > 1 and 2 * clusters > outlier_batch_size:
+            raise ValueError(
+                f"loss.clusters: expected at most {outlier_batch_size // 2}, half of a step's outliers, so that those "
+                f"of highest energy have a place, got {clusters}"
+            )
 
     def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
         return GRegPlusObjective(self.build_loss(decided, setting), self, setting)
@@ -208,8 +217,8 @@ class GRegPlusObjective(GRegObjective):
         random = generator_of(self.seed, step, outliers.device)
         if step % self.every == 0 or self.features is None:
             model.eval()
-            self.features = widen(model.features(outliers))
-            model.train()
+            parts = [model.features(part) for part in outliers.split(self.count)]  # in the memory of a step
+            self.features = widen(torch.cat(parts))
             self.cluster = kmeans(unit(self.features), self.clusters, random).index
             self.available = torch.ones(len(outliers), dtype=torch.bool, device=outliers.device)
         assert self.available is not None

@@ -22,6 +22,7 @@ from oodkern.synthesis.boundary import check_draws
 
 TRANSFERS, TEACHER_OUTPUTS = ("auto", "mlp", "identity"), ("auto", "online", "cached")
 PER_CLASS = 500  # images whose features outliers are drawn around, as released
+BANK = -1  # the draws of the bank, beside those of the steps
 
 
 @dataclass
@@ -58,6 +59,8 @@ class OAL(Method):
     def __init__(self, options: OALOptions, multi_label: bool = False) -> None:
         check_choice(options.transfer, "loss.transfer", TRANSFERS)
         check_choice(options.teacher_outputs, "loss.teacher_outputs", TEACHER_OUTPUTS)
+        if options.bank and options.contrast == "infonce":
+            raise ValueError(f"loss.bank: infonce has one bank, in the teacher's feature space; got {options.bank}")
         check_draws(options.neighbour, options.boundary, options.draws, options.keep, options.sigma, options.rounds)
         super().__init__(options, multi_label)
 
@@ -105,24 +108,22 @@ class OAL(Method):
         looked_at = torch.arange(len(images)) if cached else first_of_each(images.labels, PER_CLASS)
         taught = outputs_of(teacher, images, looked_at)
         kept = first_of_each(images.labels[looked_at], PER_CLASS).to(taught.features.device)
-        banks = [
-            boundary_outliers(
-                taught.features[kept],
-                images.labels[looked_at].to(kept.device)[kept],
-                generator_of(setting.seed, 0, kept.device),
-                options.neighbour,
-                options.boundary,
-                options.draws,
-                options.keep,
-                options.sigma,
-                options.rounds,
-            ).latents
-        ]
+        features, labels = taught.features[kept], images.labels[looked_at].to(kept.device)[kept]
+        banks = [self.synthesised(features, labels, generator_of(setting.seed, BANK))]
         if options.bank:
             banks.append(read_bank(Path(options.bank)).to(kept.device))
         sizes = tuple(bank.shape[1] for bank in banks)
         loss = self.loss_of_sizes(setting.model.head.in_features, len(images.classes), taught.features.shape[1], sizes)
         return OALObjective(loss, teacher, taught if cached else None, banks, setting.seed)
+
+    def synthesised(self, features: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """Outliers in the teacher's feature space: at norm 1 as they are drawn, times their class's mean norm."""
+        options = self.options
+        shares, counts = (options.neighbour, options.boundary), (options.draws, options.keep)
+        found = boundary_outliers(features, labels, random, *shares, *counts, options.sigma, options.rounds)
+        norm, count = features.norm(dim=1), torch.bincount(labels).clamp_min(1)
+        mean = torch.stack([norm[labels == label].sum() for label in range(len(count))]) / count
+        return found.latents * mean[found.labels].unsqueeze(1)
 
 
 class OALObjective(Objective):

@@ -43,7 +43,7 @@ class Objective:
         """Before a step, `progress` in [0, 1) of the stage: what of the loss is on."""
 
     def choose(self, model: Any, outliers: Tensor, step: int) -> Tensor:
-        """The outliers of a step, of those read last."""
+        """The outliers of a step, of those read last. The model may be left in evaluation mode."""
         return outliers
 
     def rows(self, model: Any, images: Tensor) -> Rows:

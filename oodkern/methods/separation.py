@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from oodkern._options import option
 from oodkern.classifier import Output
 from oodkern.losses import EnergyLoss, OutlierExposureLoss, SeparationLoss
-from oodkern.methods.base import Method, Setting, as_score
-from oodkern.methods.edge import check_share
+from oodkern.methods.base import Method, Setting, as_score, check_share
 from oodkern.methods.energy import check_margins, decide_margins, describe_margins
 from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import alignment
-from oodkern.ops._checks import check_choice
+from oodkern.ops._checks import check_choice, check_non_negative
 
 OUTLIER_LOSSES, SCORE_REDUCTIONS = ("oe", "energy"), ("mean", "sum")
 
@@ -31,9 +30,9 @@ class SeparationOptions:
     separation: str = option("cosine", "cosine; projection: the share of a feature in the span of the class weights")
     rank: int = option(0, "of the projection: the leading directions of the span; 0: all of it")
     refresh: int = option(100, "steps after which the projection follows the class weights")
-    start: float = option(0.0, "share of the training after which both terms count (stage II)")
+    start: float = option(0.0, "share of the training after which both terms count; 0: the starting model is trained")
     outlier_loss: str = option("oe", "of the outliers' logits: oe or energy")
-    weight: float = option(0.5, "of that: 0.5 for oe, 0.1 for the hinges of energy")
+    weight: float = option(0.0, "of that; 0: 0.5 for oe, 0.1 for the hinges of energy")
     margins: str = option("auto", "of energy: auto, from the starting model's energies; fixed: the two numbers below")
     margin_in: float = option(-25.0, "ID energies above it are penalised")
     margin_out: float = option(-7.0, "outliers' energies below it are penalised")
@@ -52,6 +51,9 @@ class Separation(Method):
         check_share(options.start, "loss.start")
         check_margins(options)
         check_choice(options.outlier_loss, "loss.outlier_loss", OUTLIER_LOSSES)
+        check_non_negative(options.weight, "loss.weight")
+        if options.separation == "projection" and options.sep_reduction != "auto":
+            raise ValueError(f"loss.sep_reduction: a projection sums over no classes; got {options.sep_reduction}")
         check_choice(options.score_reduction, "loss.score_reduction", SCORE_REDUCTIONS)
 
     def score(self, outputs: Output, weight: Tensor) -> Tensor:
@@ -70,10 +72,10 @@ class Separation(Method):
 
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
-        outlier_loss: OutlierExposureLoss | EnergyLoss = OutlierExposureLoss(options.weight)
+        outlier_loss: OutlierExposureLoss | EnergyLoss = OutlierExposureLoss(options.weight or 0.5)
         if options.outlier_loss == "energy":
             margins = (decided.get(name, getattr(options, name)) for name in ("margin_in", "margin_out"))
-            outlier_loss = EnergyLoss(options.weight, *margins)
+            outlier_loss = EnergyLoss(options.weight or 0.1, *margins)
         return SeparationLoss(
             options.alpha,
             options.beta,

@@ -64,11 +64,11 @@ def kmeans(
     A cluster that loses all its members goes on from the sample that is farthest from its center. Where there are
     fewer distinct samples than clusters some centers coincide, and clusters may be empty.
 
-    The same state of the generator gives the same bits at the same number of threads. Up to 2,048 samples the N x N
-    distances are held and restarts run together; beyond that they run one after another, in memory for the features
-    once more and some numbers for each sample. A device is waited for once an iteration, to know whether to go on.
-    Not differentiable. Raises TypeError or ValueError for an argument of the wrong kind or shape, or for features that
-    are not finite.
+    The same state of the generator gives the same bits (on the CPU at the same number of threads). Up to 2,048 samples
+    the N x N distances are held and restarts run together; beyond that they run one after another, in memory for the
+    features once more and some numbers for each sample. A device is waited for once an iteration, to know whether to
+    go on. Not differentiable. Raises TypeError or ValueError for an argument of the wrong kind or shape, or for
+    features that are not finite.
 
     Source: Lloyd, 1982; Arthur and Vassilvitskii, 2007 (k-means++). Each seed is the best of 2 + log k candidates and
     the tolerance means what it does in scikit-learn's KMeans.
@@ -160,12 +160,27 @@ def _seeds(rows: Callable[[Tensor], Tensor], N: int, uniform: Tensor) -> Tensor:
     closest = rows(start)
     drawn, best = [start[:, None].expand(R, candidates)], [first]
     for numbers in uniform.unbind()[1:]:
-        reach = closest.cumsum(1)
-        drawn.append(torch.searchsorted(reach, reach[:, -1:] * numbers, right=True).clamp_(max=N - 1))
+        drawn.append(_drawn(closest, numbers, exact=closest.is_cuda))
         left = torch.minimum(rows(drawn[-1]), closest[:, None])
         best.append(left.sum(2).argmin(1) + first)
         closest = left.view(-1, N).index_select(0, best[-1])
     return torch.stack(drawn).view(k, -1).gather(1, torch.stack(best)).T
+
+
+def _drawn(weight: Tensor, uniform: Tensor, exact: bool) -> Tensor:
+    """Columns [R, c] drawn in proportion to weights [R, N], not negative, by numbers [R, c] below 1.
+
+    A device adds a cumulative sum of floats in an order that differs from call to call, and with it the rounding.
+    `exact` adds integers instead: the largest weight is 2^61 / N at least, and the sum is below 2^62.
+    """
+    N = weight.shape[1]
+    if exact:
+        largest = weight.amax(1, keepdim=True).double()
+        share = weight.double() / torch.where(largest > 0, largest, 1.0)
+        weight, uniform = share.mul_(2.0 ** (62 - N.bit_length())).long(), uniform.double()
+    reach = weight.cumsum(1)
+    point = (reach[:, -1:] * uniform).to(reach.dtype)
+    return torch.searchsorted(reach, point, right=True).clamp_(max=N - 1)
 
 
 def _together(distance: Tensor, uniform: Tensor, iterations: int, limit: float) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from oodkern.ops._product import check_matrix
 
 KEY = "latents"
 FORMATS = (".npy", ".safetensors")
+CHANNELS = 4  # of the latents of Stable Diffusion
 
 
 def as_vectors(latents: Tensor) -> Tensor:
@@ -32,10 +33,11 @@ def read_bank(path: str | Path) -> Tensor:
 
     Args:
         path: a .npy file, or a .safetensors file, of which the tensor "latents" is taken, else the first matrix in
-            the order of the names, else the only tensor. Floating; [M, d], or latents of a diffusion model, which are
-            averaged as OAL's trainer does: [M, c, h, w] over channels, then over height, [M, h, w] over height, to
-            [M, w]. A bank [classes, m, d] or [rounds, m, h, w] has the same form: reshape it to [M, d] or [M, h, w]
-            and write it anew.
+            the order of the names, else the only tensor. Floating; [M, d], or latents of a diffusion model, square
+            ones, which are averaged as OAL's trainer does: [M, 4, h, h] over channels, then over height, [M, h, h]
+            over height, to [M, h]. OAL's released banks have other shapes and are to be reshaped: that of diffusion,
+            [100, 3, 64, 64], of 100 iterations of 3 latents that are averaged over channels already, to
+            [300, 64, 64]; that of boundaries, [classes, m, d], to [classes * m, d].
 
     Raises DataError, which names the file: no such file, another format, pickled objects (never unpickled), another
     shape, no rows, numbers that are NaN or infinite (in float32); ImportError where .safetensors is not installed.
@@ -49,9 +51,12 @@ def read_bank(path: str | Path) -> Tensor:
         raise DataError(f"{path}: {error.strerror or brief(error)}") from None
     if not latents.is_floating_point():
         raise DataError(f"{path}: expected floating numbers, got {str(latents.dtype).removeprefix('torch.')}")
-    if not 2 <= latents.dim() <= 4 or 0 in latents.shape:
+    shape = tuple(latents.shape)
+    of_image = ((shape[-1], shape[-1]), (CHANNELS, shape[-1], shape[-1])) if shape else ()
+    if 0 in shape or not (len(shape) == 2 or shape[1:] in of_image):
         raise DataError(
-            f"{path}: expected outliers [M, d], or latents [M, h, w] or [M, c, h, w], got {list(latents.shape)}"
+            f"{path}: expected outliers [M, d], or latents [M, h, h] or [M, {CHANNELS}, h, h], got {list(shape)} "
+            "(released banks: reshape [100, 3, 64, 64] to [300, 64, 64], [classes, m, d] to [classes * m, d])"
         )
     vectors = as_vectors(latents.float())
     bad = len(vectors) - int(vectors.isfinite().all(1).sum())

@@ -206,7 +206,8 @@ def compare(
     ]
     data = list(dict.fromkeys(config.data.name for config in configs))
     if len(data) > 1:
-        raise ConfigError(f"data.name: methods have {' and '.join(data)} as their own data, expected one for all")
+        own = " and ".join(data)
+        raise ConfigError(f"data.name: methods have {own} as their own data, expected one for all; give data.name=...")
     folder = Path(configs[0].output)
     comparison = Comparison(methods, list(splits), list(seeds), [], data[0], configs[0].multi_label, folder)
     for number, config in enumerate(configs, 1):

@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from oodkern.config import TrainConfig
+from oodkern.data import OODSplit
 from oodkern.training import files
 from oodkern.training.folder import FORMAT, flat
 from oodkern.training.random_state import random_state, set_random_state
@@ -24,22 +26,22 @@ LATER = (
 )
 
 
-def key_of(config: TrainConfig) -> dict[str, Any]:
-    """What pretraining depends on: two configurations with the same key make the same model."""
-    return {
-        key: value for key, value in flat(asdict(config)).items() if key not in LATER and not key.startswith("loss")
-    }
+def key_of(config: TrainConfig, split: OODSplit) -> dict[str, Any]:
+    """What pretraining depends on: runs with the same key make the same model, of images that are the same."""
+    known = {**flat(asdict(config)), **split.facts(), "torch": str(torch.__version__)}
+    return {key: value for key, value in known.items() if key not in LATER and not key.startswith("loss")}
 
 
-def read_pretrained(path: Path, config: TrainConfig, model: nn.Module) -> list[dict[str, Any]] | None:
+def read_pretrained(path: Path, config: TrainConfig, split: OODSplit, model: nn.Module) -> list[dict[str, Any]] | None:
     """Gives the model its weights and the process its random state; returns the lines of the pretraining's log.
 
-    None where the file is not there, not readable, or of another configuration; model and random state then stay.
+    None where the file is not there, not readable, or of another configuration or number of images; model and random
+    state then stay.
     """
     weights, random = copy.deepcopy(model.state_dict()), random_state()
     try:
         state = files.load_checkpoint(path)
-        if state.get("format") != FORMAT or state["key"] != key_of(config):
+        if state.get("format") != FORMAT or state["key"] != key_of(config, split):
             return None
         model.load_state_dict(state["model"])
         set_random_state(state["random"])
@@ -50,9 +52,11 @@ def read_pretrained(path: Path, config: TrainConfig, model: nn.Module) -> list[d
         return None
 
 
-def write_pretrained(path: Path, config: TrainConfig, model: nn.Module, lines: list[dict[str, Any]]) -> None:
+def write_pretrained(
+    path: Path, config: TrainConfig, split: OODSplit, model: nn.Module, lines: list[dict[str, Any]]
+) -> None:
     # What the validation says of outliers depends on the method's score, which another run has another of.
     lines = [{name: value for name, value in line.items() if name != "validation_auroc"} for line in lines]
-    state = {"format": FORMAT, "key": key_of(config), "model": model.state_dict(), "random": random_state()}
+    state = {"format": FORMAT, "key": key_of(config, split), "model": model.state_dict(), "random": random_state()}
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save_checkpoint(path, state | {"lines": lines})

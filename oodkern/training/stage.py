@@ -144,6 +144,14 @@ class Stage:
             self._candidates = next(self._outlier_stream)[0].to(**move)
         return images.to(**move), target.to(**move), self._candidates
 
+    def set_training(self) -> None:
+        """Training mode, but for what is frozen of it."""
+        self.model.train()
+        if self.kind == "method" and self.config.batch_norm == "frozen":
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
     def close(self) -> None:
         """Lets go of the streams, and so of their processes."""
         self._id_stream = self._outlier_stream = self._candidates = None
@@ -152,11 +160,11 @@ class Stage:
         """One step; its loss, the loss's parts, and the norm of the gradient."""
         started = time.perf_counter()
         images, target, outliers = self.next_batch()
-        self.model.train()
         self.objective.begin(self.step / max(self.steps, 1))
         if outliers is not None:
             with self.autocast():
                 outliers = self.objective.choose(self.model, outliers, self.step)
+        self.set_training()
         self.batch = {
             "images": images,
             "target": target,
@@ -243,6 +251,7 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
         self.step, self.totals = state["step"], dict(state["totals"])
-        self.objective.load_state_dict({name: placed(value, self.device) for name, value in state.items()})
+        own = {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
+        self.objective.load_state_dict(placed(own, self.device))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -82,12 +82,14 @@ class Trainer:
                 self.lines.write(stage="decided", **self.decided)
         if self.decided:
             self.log(self.method.describe(self.decided))
-        try:
-            objective = self.method.objective(self.decided, setting_of(config, split, self.baseline, self.device))
-        except (ValueError, ImportError) as error:  # of what options name, such as a file of latents
-            raise ConfigError(str(error)) from None
-        objective.loss.to(self.device)
-        self.train_stage("method", model, objective, self.method.uses_outliers, state)
+        # What a finished run trained with, a teacher's outputs among it, is not made again to train nothing.
+        if state is None or state["stage"] != config.method or state["epoch"] < config.epochs:
+            try:
+                objective = self.method.objective(self.decided, setting_of(config, split, self.baseline, self.device))
+            except (ValueError, ImportError) as error:  # of what options name, such as a file of latents
+                raise ConfigError(str(error)) from None
+            objective.loss.to(self.device)
+            self.train_stage("method", model, objective, self.method.uses_outliers, state)
         self.board.close()
         return self.judge(model)
 
@@ -102,7 +104,7 @@ class Trainer:
 
     def pretrain(self, model: Classifier, objective: Objective, state: dict[str, Any] | None) -> None:
         if self.pretrained is not None and state is None:
-            lines = read_pretrained(self.pretrained, self.config, model)
+            lines = read_pretrained(self.pretrained, self.config, self.split, model)
             if lines is not None:
                 for line in lines:
                     self.lines.write(**line)
@@ -110,7 +112,7 @@ class Trainer:
         self.train_stage("pretrain", model, objective, False, state)
         if self.pretrained is not None:
             lines = files.read_json_lines(self.config.folder / "metrics.jsonl")
-            write_pretrained(self.pretrained, self.config, model, lines)
+            write_pretrained(self.pretrained, self.config, self.split, model, lines)
 
     def train_stage(
         self,
@@ -226,7 +228,7 @@ class Trainer:
                 "baseline": None if self.baseline is None else self.baseline.state_dict(),
                 "training": stage.state_dict(),
                 "random": random_state(),
-                "images": self.counts(),
+                "images": self.split.facts()["images"],
                 "decided": self.decided,
                 "best": self.best,
                 "log_bytes": self.lines.sync(),
@@ -234,14 +236,8 @@ class Trainer:
             },
         )
 
-    def counts(self) -> dict[str, int]:
-        """Images of each part that training reads."""
-        names = ("train", "validation", "outliers", "outlier_validation")
-        return {name: len(getattr(self.split, name)) for name in names}
-
     def restore(self, state: dict[str, Any], model: Classifier) -> None:
-        now = {"classes": list(self.split.classes), "shape": list(self.split.train.shape), "images": self.counts()}
-        for key, value in now.items():
+        for key, value in self.split.facts().items():
             if state[key] != value:
                 raise ConfigError(f"data: the run in {self.config.folder} has {key} {state[key]}, got {value}")
         if state["baseline"] is not None:

@@ -11,7 +11,7 @@ from stages import DRAWN, batch_of, check_step, smooth, split_of, stage_of
 
 from oodkern.config import ConfigError, load_config
 from oodkern.methods.base import generator_of
-from oodkern.methods.oal import first_of_each
+from oodkern.methods.oal import BANK, first_of_each
 from oodkern.synthesis import boundary_outliers, write_bank
 from oodkern.training import load_run, train
 
@@ -68,8 +68,28 @@ def test_outliers_are_drawn_at_the_edge_of_the_teachers_features():
     images = split_of(augmentation="none").train
     with torch.no_grad():
         features = stage.objective.teacher.outputs(images.images(torch.arange(len(images)))).features
-    expected = boundary_outliers(features, images.labels, generator_of(0, 0), 0.5, 0.2, 20, 8, 0.1, 2).latents
+    found = boundary_outliers(features, images.labels, generator_of(0, BANK), 0.5, 0.2, 20, 8, 0.1, 2)
+    norms = torch.stack([features[images.labels == label].norm(dim=1).mean() for label in range(len(images.classes))])
+    expected = found.latents * norms[found.labels, None]
     torch.testing.assert_close(stage.objective.banks[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outliers_stay_apart_on_their_way_to_the_student():
+    """The transfer's BatchNorm is that of the teacher's features: outliers of norm 1 would all come out as one."""
+    stage = stage_of("oal", *PLAIN, "loss.contrast=infonce", "loss.transfer=mlp", "epochs=30")
+    for _ in range(100):  # running statistics are those of the teacher's features by then
+        stage.advance()
+    bank = stage.objective.banks[0]
+
+    def cosine(rows):
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        return float((rows @ rows.T).mean())
+
+    with torch.no_grad():
+        mapped = stage.objective.loss.transfer.eval()(bank)
+        flat = stage.objective.loss.transfer(bank / bank.norm(dim=1, keepdim=True))
+    assert cosine(mapped) < 0.3
+    assert cosine(flat) > 0.7
 
 
 def test_first_of_each_class():

@@ -19,11 +19,11 @@ def by_hand(stage, basis=None, on=True):
     n = len(images)
     loss = F.cross_entropy(logits[:n], target)
     if options.outlier_loss == "oe":
-        loss = loss + options.weight * outlier_exposure(logits[n:]).mean()
+        loss = loss + (options.weight or 0.5) * outlier_exposure(logits[n:]).mean()
     else:
         E = energies(logits)
-        loss = loss + options.weight * (E[:n] - decided.margin_in).relu().square().mean()
-        loss = loss + options.weight * (decided.margin_out - E[n:]).relu().square().mean()
+        loss = loss + (options.weight or 0.1) * (E[:n] - decided.margin_in).relu().square().mean()
+        loss = loss + (options.weight or 0.1) * (decided.margin_out - E[n:]).relu().square().mean()
     if not on:
         return loss, model
     weight = F.normalize(model.head.weight.detach(), dim=1)
@@ -42,7 +42,8 @@ def by_hand(stage, basis=None, on=True):
     [
         (),
         ("loss.sep_reduction=mean", "loss.alpha=0.3", "loss.beta=2", "loss.weight=0.7"),
-        ("loss.outlier_loss=energy", "loss.weight=0.1"),
+        ("loss.outlier_loss=energy",),
+        ("loss.outlier_loss=energy", "loss.weight=0.3"),
         ("loss.outlier_loss=energy", "loss.margins=fixed", "loss.margin_in=-9", "loss.margin_out=-1"),
     ],
 )

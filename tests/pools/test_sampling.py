@@ -127,6 +127,26 @@ def test_reproducible_by_seed():
     assert not torch.equal(*rest)
 
 
+@pytest.mark.gpu
+def test_cuda_repeats():
+    generator = seeded(7)
+    features, energy = (torch.randn(*shape, generator=generator) for shape in ((3000, 32), (3000,)))
+    for some in (features[:500], features):  # distances held, and gone through
+        few = energy[: len(some)].cuda()
+        first = cluster_sample(some.cuda(), few, 300, 60, seeded(1))
+        assert len(first.unique()) == 300
+        for _ in range(4):
+            assert torch.equal(first, cluster_sample(some.cuda(), few, 300, 60, seeded(1)))
+
+
+@pytest.mark.gpu
+def test_cuda_takes_of_given_clusters_what_the_cpu_takes():
+    energy, clustering = torch.randn(1000), torch.randint(0, 40, (1000,))
+    expected = cluster_sample(None, energy, 300, 40, seeded(1), clustering=clustering)
+    found = cluster_sample(None, energy.cuda(), 300, 40, seeded(1), clustering=clustering.cuda())
+    assert torch.equal(found.cpu(), expected)
+
+
 def test_the_rest_is_uniform():
     """Each sample that is at no end is taken as often as any other: 3 of 18, 3,000 times."""
     energy, clustering = torch.arange(20.0), torch.zeros(20, dtype=torch.int64)

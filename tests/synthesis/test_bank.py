@@ -39,15 +39,22 @@ def test_what_is_written_is_read(path, dtype):
 
 
 def test_latents_of_images_are_averaged(path):
-    latents = torch.randn(6, 4, 3, 5, dtype=torch.float64)
+    latents = torch.randn(6, 4, 5, 5, dtype=torch.float64)
     write(path, latents)
     torch.testing.assert_close(read_bank(path), latents.mean((1, 2)).float())
     write(path, latents[:, 0])
     torch.testing.assert_close(read_bank(path), latents[:, 0].mean(1).float())
 
 
+def test_the_released_bank_reshaped(path):
+    """As the error says: each latent is one outlier, as OAL's trainer has them."""
+    released = torch.randn(10, 3, 64, 64)
+    write(path, released.reshape(30, 64, 64))
+    torch.testing.assert_close(read_bank(path), released.mean(2).reshape(30, 64))
+
+
 def test_sixteen_bits_are_averaged_in_more(path):
-    latents = (torch.rand(2, 4, 100, 3) * 1000).half()
+    latents = (torch.rand(2, 4, 100, 100) * 1000).half()
     write(path, latents)
     torch.testing.assert_close(read_bank(path), latents.double().mean((1, 2)).float(), rtol=1e-6, atol=0)
 
@@ -61,7 +68,7 @@ def test_bytes_of_other_machines(tmp_path):
 def test_which_tensor(tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     path = tmp_path / "bank.safetensors"
-    one, two, three = torch.randn(4, 3), torch.randn(5, 2), torch.randn(2, 3, 4)
+    one, two, three = torch.randn(4, 3), torch.randn(5, 2), torch.randn(2, 3, 3)
     write(path, one, "latents", a=two)
     assert torch.equal(read_bank(path), one)
     write(path, one, "c", b=two, a=three)
@@ -78,7 +85,14 @@ def test_which_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("latents", "message"),
     [
-        (torch.randn(4), r"expected outliers \[M, d\], or latents .*, got \[4\]"),
+        (torch.randn(4), r"expected outliers \[M, d\], or latents \[M, h, h\] or \[M, 4, h, h\], got \[4\]"),
+        (torch.tensor(4.0), r"got \[\]"),
+        (torch.randn(100, 3, 64, 64), r"got \[100, 3, 64, 64\] .*reshape \[100, 3, 64, 64\] to \[300, 64, 64\]"),
+        (torch.randn(6, 20, 8), r"got \[6, 20, 8\] .*\[classes, m, d\] to \[classes \* m, d\]"),
+        (torch.randn(6, 4, 8, 4), r"got \[6, 4, 8, 4\]"),
+        (torch.randn(6, 4, 4, 8), r"got \[6, 4, 4, 8\]"),
+        (torch.randn(6, 8, 8, 8), r"got \[6, 8, 8, 8\]"),
+        (torch.randn(6, 4, 8), r"got \[6, 4, 8\]"),
         (torch.randn(1, 2, 3, 4, 5), r"got \[1, 2, 3, 4, 5\]"),
         (torch.randn(0, 4), r"got \[0, 4\]"),
         (torch.randn(2, 0, 4), r"got \[2, 0, 4\]"),

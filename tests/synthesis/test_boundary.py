@@ -35,9 +35,11 @@ def by_sorting(features, labels, generator, neighbour, share, draws, keep, sigma
             return np.sort(pairs, axis=1)[:, k - 1]
 
         farthest = np.argsort(-distance(members, k=max(k, min(n, 2))), kind="stable")[:edge]
-        for _ in range(rounds):
-            for i in farthest:
-                noise = torch.randn(draws, x.shape[1], generator=generator).double().numpy()
+        around = [i for _ in range(rounds) for i in farthest]
+        group = max(boundary.NUMBERS // (draws * x.shape[1]), 1)
+        for some in (around[start : start + group] for start in range(0, len(around), group)):
+            drawn = torch.randn(len(some), draws, x.shape[1], generator=generator).double().numpy()
+            for i, noise in zip(some, drawn, strict=True):
                 made = members[i] + sigma * noise
                 made /= np.linalg.norm(made, axis=1, keepdims=True)
                 found.append(made[np.argsort(-distance(made), kind="stable")[:keep]])
@@ -54,9 +56,11 @@ OPTIONS = {
 DEFAULTS = {"neighbour": 0.6, "boundary": 0.1, "draws": 1500, "keep": 2, "sigma": 0.07, "rounds": 1}
 
 
+@pytest.mark.parametrize("numbers", [boundary.NUMBERS, 1500 * 12 * 3], ids=["at once", "in groups"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_against_sorted_distances(options, dtype):
+def test_against_sorted_distances(options, dtype, numbers, monkeypatch):
+    monkeypatch.setattr(boundary, "NUMBERS", numbers)
     features, labels = clusters(dtype=dtype)
     latents, of = boundary_outliers(features, labels, torch.Generator().manual_seed(5), **options)
     used = DEFAULTS | options
@@ -95,14 +99,32 @@ def test_how_many_are_judged_at_once_changes_nothing(monkeypatch, rows):
 def test_no_temporary_passes_64_mib():
     features, labels = torch.randn(9000, 8), torch.zeros(9000, dtype=torch.int64)
     largest = max(memory_events(lambda: boundary_outliers(features, labels, torch.Generator(), boundary=1e-4)))
-    assert 32 << 20 < largest <= 64 << 20
+    assert 30 << 20 < largest <= 64 << 20
+
+
+def test_members_at_the_edge_are_judged_together(monkeypatch):
+    """The products of a class are as many as its groups of draws, beside the one of its members."""
+    features, labels = clusters((200,))
+    sizes, farness = [], boundary.farness
+
+    def counted(points, members, k):
+        sizes.append(len(points))
+        return farness(points, members, k)
+
+    monkeypatch.setattr(boundary, "farness", counted)
+    options = {"boundary": 0.5, "draws": 30, "rounds": 2}
+    boundary_outliers(features, labels, torch.Generator(), **options)
+    assert sizes == [200, 200 * 30]
+    monkeypatch.setattr(boundary, "NUMBERS", 80 * 30 * 12 + 11)
+    boundary_outliers(features, labels, torch.Generator(), **options)
+    assert sizes[2:] == [200, 80 * 30, 80 * 30, 40 * 30]
 
 
 def test_draws_in_several_blocks(monkeypatch):
     """What is kept of blocks is what sorting all draws would keep."""
     features, labels = clusters((20,))
     generator = torch.Generator().manual_seed(1)
-    monkeypatch.setattr(boundary, "DRAWN", 32)
+    monkeypatch.setattr(boundary, "NUMBERS", 32 * 12 + 5)
     latents, _ = boundary_outliers(features, labels, generator, draws=100, keep=11, boundary=0.05)
     generator = torch.Generator().manual_seed(1)
     members = torch.nn.functional.normalize(features[labels == 0])
@@ -194,10 +216,44 @@ def test_rows_of_outliers_are_left_out_whatever_they_hold():
     assert torch.equal(again.latents, plain.latents)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_features_without_a_direction_are_named(value):
-    features, labels = clusters()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e60])
+def test_features_that_are_not_finite_are_named(value):
+    features, labels = clusters(dtype=torch.float64)
     row = int((labels == 4).nonzero()[2])
     features[row] = value
     with pytest.raises(ValueError, match=f"got 1 that are not, the first of them row {row}, of class 4"):
         boundary_outliers(features, labels, torch.Generator())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-60])
+def test_rows_of_zeros_are_left_out(value):
+    features, labels = clusters(dtype=torch.float64)
+    dead = torch.rand(len(labels), generator=torch.Generator().manual_seed(0)) < 0.3
+    features[dead] = value
+    latents, of = boundary_outliers(features, labels, torch.Generator().manual_seed(1), draws=50)
+    expected = boundary_outliers(features[~dead], labels[~dead], torch.Generator().manual_seed(1), draws=50)
+    assert torch.equal(latents, expected.latents)
+    assert torch.equal(of, expected.labels)
+
+
+def test_classes_of_zeros_alone_are_named():
+    features, labels = clusters()
+    for expected, of in (("2", labels == 2), ("2, 4", labels >= 2)):
+        features[of] = 0
+        with pytest.raises(ValueError, match=rf"features: .* got zeros alone of class {expected}$"):
+            boundary_outliers(features, labels, torch.Generator())
+
+
+@pytest.mark.gpu
+def test_cuda_repeats_and_agrees_with_the_cpu():
+    """With a generator on the CPU the draws are the same; which are kept may differ where two are equally far."""
+    features, labels = clusters()
+    expected = boundary_outliers(features, labels, torch.Generator().manual_seed(1), draws=200, keep=5)
+    first, again = (
+        boundary_outliers(features.cuda(), labels.cuda(), torch.Generator().manual_seed(1), draws=200, keep=5)
+        for _ in range(2)
+    )
+    assert torch.equal(first.latents, again.latents)
+    assert torch.equal(first.labels.cpu(), expected.labels)
+    close = (first.latents.cpu() - expected.latents).abs().amax(1) < 1e-5
+    assert close.float().mean() > 0.9

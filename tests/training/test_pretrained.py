@@ -93,7 +93,7 @@ def test_a_file_of_another_configuration_is_made_again(tmp_path, change, stages)
     taken = train(config_of(tmp_path, "oe", change, "name=taken"), silent, report=False, pretrained=shared)
     assert stages == ["pretrain", "method"]
     assert shared.read_bytes() != before
-    assert load_checkpoint(shared)["key"] == key_of(taken.config)
+    assert load_checkpoint(shared)["key"] == key_of(taken.config, taken.split)
     torch.set_num_threads(threads)
 
 
@@ -207,7 +207,10 @@ def test_methods_with_data_of_their_own_are_not_mixed(tmp_path):
     run = partial(compare, seeds=[0], splits=[None], log=silent)
     with pytest.raises(ConfigError) as caught:
         run(["energy", "edge"], overrides=[f"output={tmp_path}"])
-    message = "data.name: methods have digits and digits-multilabel as their own data, expected one for all"
+    message = (
+        "data.name: methods have digits and digits-multilabel as their own data, expected one for all; "
+        "give data.name=..."
+    )
     assert str(caught.value) == message
     with pytest.raises(ConfigError, match=r"^method: edge is for multi-label data, and data\.name is single-label$"):
         run(["edge"], overrides=[f"output={tmp_path}", "data.name=digits"])
