@@ -167,7 +167,10 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0,1,2, got {text!r}") from None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -37,7 +37,7 @@ SUITED: dict[Any, tuple[str, ...]] = {
         *("pretrain.lr=0.005", "pretrain.epochs=40", "batch_norm=frozen"),
     ),
     ("digits-multilabel", "oe"): ("loss.alpha=0.1",),
-    ("digits-multilabel", "energy"): ("loss.alpha=0.0001",),
+    ("digits-multilabel", "energy"): ("loss.alpha=0.0003",),
     ("digits-multilabel", "edge"): ("loss.alpha=0.1",),
 }
 # The embedded set that a method is for, where it is not the default one.
@@ -275,7 +275,9 @@ def check_values(config: TrainConfig) -> None:
         method = METHODS[config.method](config.loss, config.multi_label)
         method.check_batches(config.optimizer.batch_size, config.optimizer.outlier_batch_size)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        # A loss speaks of its arguments, which are the keys of a group here.
+        named = hasattr(config.loss, re.split(r"[:,\[]", str(error))[0])
+        raise ConfigError(f"loss.{error}" if named else str(error)) from None
 
 
 def to_yaml(config: TrainConfig, explained: bool = False) -> str:

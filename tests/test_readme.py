@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from oodkern.cli import main
+from oodkern.methods import METHODS
 from oodkern.training.comparison import Comparison
 
 
@@ -102,6 +103,16 @@ def test_what_the_readme_says_of_the_comparisons(root):
             assert near["mean"] > 0
         if method != "oal":
             assert rows[method, "far", "auroc"]["mean"] > 0.99
+
+
+def test_the_costs_of_the_methods_are_the_stored_ones(readme, root):
+    rows = json.loads((root / "benches/results/methods-cpu-2-cores.json").read_text())["rows"]
+    single, multi = sorted(rows, key=lambda row: "multi-label" in row["case"])
+    for method in METHODS:
+        row = multi if method == "edge" else single
+        time, memory = (row[kind][method] / row[kind][row["base"]] for kind in ("milliseconds", "megabytes"))
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| `{method}`") and line.count("|") > 5]
+        assert f"| {time:.2f}, {memory:.2f} |" in line
 
 
 def test_the_times_of_products_are_the_stored_ones(readme, root):
