@@ -117,6 +117,8 @@ COMMON = (
     "model.width=16",
     "optimizer.name=sgd",
     "optimizer.lr=1e-12",
+    "optimizer.outlier_batch_size=128",
+    "batch_norm=batch",
     "schedule.name=constant",
 )
 CLASSES, TRAINING, AUXILIARY, SIDE = 10, 640, 1_280, 32
