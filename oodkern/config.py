@@ -37,7 +37,7 @@ SUITED: dict[Any, tuple[str, ...]] = {
         *("pretrain.lr=0.005", "pretrain.epochs=40", "batch_norm=frozen"),
     ),
     ("digits-multilabel", "oe"): ("loss.alpha=0.1",),
-    ("digits-multilabel", "energy"): ("loss.alpha=0.0003",),
+    **{("digits-multilabel", method): ("loss.alpha=0.0003",) for method in ("energy", "greg", "gregplus")},
     ("digits-multilabel", "edge"): ("loss.alpha=0.1",),
 }
 # The embedded set that a method is for, where it is not the default one.

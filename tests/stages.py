@@ -19,7 +19,7 @@ from oodkern.training.start import build_classifier, setting_of
 
 CPU = torch.device("cpu")
 # Of each method, what makes a step small.
-FEW = ("epochs=1", "data.limit=320", "model.width=4")
+FEW = ("epochs=1", "data.limit=320", "model.width=4", "optimizer.outlier_batch_size=128", "batch_norm=batch")
 DRAWN = ("loss.draws=20", "loss.keep=8", "loss.rounds=1")  # more outliers than a batch has images
 
 

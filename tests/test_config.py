@@ -20,9 +20,10 @@ def test_the_schema_follows_the_method(tmp_path):
 
 def test_the_embedded_sets_have_defaults_that_suit_them():
     config = load_config(None, ["data.name=digits-multilabel"])
-    assert (config.optimizer.name, config.optimizer.lr, config.loss.alpha) == ("adamw", 0.001, 0.01)
+    assert (config.optimizer.name, config.optimizer.lr, config.loss.alpha) == ("adamw", 0.001, 0.0003)
     config = load_config(None, ["data.name=digits-multilabel", "optimizer.lr=0.5", "method=oe"])
-    assert (config.optimizer.name, config.optimizer.lr, config.loss.alpha) == ("adamw", 0.5, 0.5)
+    assert (config.optimizer.name, config.optimizer.lr, config.loss.alpha) == ("adamw", 0.5, 0.1)
+    assert (config.batch_norm, config.optimizer.outlier_batch_size, config.pretrain.epochs) == ("frozen", 64, 40)
 
 
 def test_names_of_run_folders():

@@ -69,7 +69,13 @@ def test_holds_the_numbers_and_the_settings(run, page):
         for row in evaluation_rows(name, one):
             assert f">{row[4]}</td>" in page
             assert f">{row[6]}</td>" in page
-    for line in ("method: energy", "epochs: 2", "outlier_batch_size: 128", "margin_in: -", "torch: "):
+    for line in (
+        "method: energy",
+        "epochs: 2",
+        f"outlier_batch_size: {run.config.optimizer.outlier_batch_size}",
+        "margin_in: -",
+        "torch: ",
+    ):
         assert line in text
     assert f"{run.threshold:.4g}" in text
     for name in ("OOD, near", "OOD, far", "Outliers trained with", "ID, hardest to accept"):
