@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 def pytest_addoption(parser):
     parser.addoption("--second-python", help="an interpreter with another PyTorch, to load the built library under")
     parser.addoption("--triton36", help="a folder with Triton 3.6, to compile the kernels with as well")
+    parser.addoption("--triton39", help="a folder with Triton 3.9, likewise")
     parser.addoption("--real-data", help="a folder of real data sets: fashion_mnist, mnist, emnist_letters, unpack.py")
 
 

@@ -38,8 +38,9 @@ def test_kernels_compile_for_every_architecture(root):
 
 
 @pytest.mark.slow
-def test_kernels_compile_with_triton_3_6(root, pytestconfig):
-    folder = pytestconfig.getoption("--triton36")
+@pytest.mark.parametrize("option", ["--triton36", "--triton39"])
+def test_kernels_compile_with_the_tritons_of_the_tiles(root, pytestconfig, option):
+    folder = pytestconfig.getoption(option)
     if not folder:
-        pytest.skip("needs --triton36=FOLDER")
+        pytest.skip(f"needs {option}=FOLDER")
     check(root, compiled(root, folder))
