@@ -165,7 +165,7 @@ def compiled(launch: Launch) -> dict[str, Any]:
 
 
 def spills_allowed() -> int:
-    """Bytes: none by the Tritons that the tiles were chosen with, 3.6 and from 3.9 on. Others place registers otherwise:
+    """Bytes: none by the Tritons that the tiles were chosen with, 3.6 and from 3.9 on. Others allocate otherwise:
     3.8 spills 4 and 24 bytes in two float32 kernels."""
     import triton
 
