@@ -103,6 +103,12 @@ def test_what_the_readme_says_of_the_comparisons(root):
             assert near["mean"] > 0
         if method != "oal":
             assert rows[method, "far", "auroc"]["mean"] > 0.99
+    # By the energy, plain training and OAL find the same of far images.
+    far = {
+        method: [run["by_score"]["energy"]["far"]["auroc"] for run in stored["runs"] if run["method"] == method]
+        for method in ("ce", "oal")
+    }
+    assert abs(sum(far["ce"]) - sum(far["oal"])) / len(far["ce"]) < 0.02
 
 
 def test_the_costs_of_the_methods_are_the_stored_ones(readme, root):

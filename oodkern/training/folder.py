@@ -26,6 +26,7 @@ OUTPUTS = (
     "best.ckpt",
     "scores.npz",
     "report.html",
+    "outlier-sets.svg",  # of `select-outliers`, which looks at the run's model
     "not_finite.pt",
 )
 # What may change between a run and its resumption: where it stands and who makes its batches.
