@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from layouts import layouts
 from op import Op
 from oracle import allocations, assert_two_sided, in_float64, largest, like, value_and_gradients
+from threads import assert_shares_its_work
 from torch import Tensor
 
 
@@ -125,23 +125,8 @@ class OpBar(PyTorchBar):
         self.compare([base.to(dtype)], order=2)
 
     def test_uses_all_threads(self) -> None:
-        """Two threads at least do work, by the kernel's account of each; how long they wait for a core is no matter."""
-        if (threads := torch.get_num_threads()) < 2 or not Path("/proc/self/schedstat").exists():
-            pytest.skip(f"{threads} thread, or no account of threads in /proc")
         (tensor,) = self.op.inputs(((4000, 5000),), torch.float32)
-
-        def busy() -> dict[str, int]:  # nanoseconds of each thread
-            return {
-                task.name: int((task / "schedstat").read_text().split()[0])
-                for task in Path("/proc/self/task").iterdir()
-            }
-
-        self.op.function(tensor)
-        before = busy()
-        for _ in range(20):
-            self.op.function(tensor)
-        worked = sorted(after - before.get(task, 0) for task, after in busy().items())
-        assert worked[-2] > 0.3 * worked[-1]
+        assert_shares_its_work(lambda: self.op.function(tensor))
 
     def test_empty_and_single(self, dtype: torch.dtype) -> None:
         for shape in ((0, 5), (0, 0), (3, 0), (1, 1), (1, 5), (4, 0, 5), (5,), (1,)):

@@ -1,7 +1,5 @@
 """Room `norm`: what is special to it; the rest is the bar's."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from bar import OpBar
@@ -9,6 +7,7 @@ from layouts import FLOATS
 from op import Op
 from oracle import allocations, assert_two_sided, in_float64, like, value_and_gradients
 from room_norm import eager_norm, over_last
+from threads import assert_shares_its_work
 
 import oodkern
 from oodkern import _native, reference
@@ -198,29 +197,11 @@ def test_the_number_of_threads_does_not_matter(dtype):
                 assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="no account of threads in /proc")
 @pytest.mark.parametrize("arguments", [forward, backward, double_backward])
 def test_a_long_row_is_shared_out(arguments):
-    """Two threads at least work on one row, by the kernel's account of each."""
-    if torch.get_num_threads() < 2:
-        pytest.skip("one thread")
     name = dict(zip((forward, backward, double_backward), (name for name, _ in RAW), strict=True))[arguments]
     tensors = arguments(torch.randn(1, 2**24))
-
-    def busy():
-        return {
-            task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()
-        }
-
-    def work():
-        getattr(torch.ops.oodkern, name)(*tensors)
-
-    work()
-    before = busy()
-    for _ in range(20):
-        work()
-    worked = sorted(after - before.get(task, 0) for task, after in busy().items())
-    assert worked[-2] > 0.3 * worked[-1]
+    assert_shares_its_work(lambda: getattr(torch.ops.oodkern, name)(*tensors))
 
 
 def test_long_rows_are_exact():
