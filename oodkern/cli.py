@@ -126,6 +126,9 @@ def parser() -> argparse.ArgumentParser:
     def trained(one: argparse.ArgumentParser) -> None:
         one.add_argument("run", metavar="RUN", help="the folder of a run")
         one.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which of the run's models")
+        one.add_argument(
+            "--device", default="auto", help="auto (default): cuda where there is one; or cpu, cuda, cuda:1"
+        )
         one.add_argument("--json", action="store_true", help="for programs")
 
     evaluate = verb("evaluate", "judge the model of a run", EVALUATE_HELP, EVALUATE_EXAMPLES)

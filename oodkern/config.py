@@ -266,8 +266,7 @@ def check_values(config: TrainConfig) -> None:
     for key, (name, known) in choices.items():
         if name not in known:
             raise ConfigError(f"{key}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {config.device!r}")
+    check_device(config.device)
     if any(parent.exists() and not parent.is_dir() for parent in (config.folder, *config.folder.parents)):
         raise ConfigError(f"output, name: expected a folder, and {config.folder} is or lies under a file")
     try:
@@ -279,6 +278,11 @@ def check_values(config: TrainConfig) -> None:
         # A loss speaks of its arguments, which are the keys of a group here.
         named = hasattr(config.loss, re.split(r"[:,\[]", str(error))[0])
         raise ConfigError(f"loss.{error}" if named else str(error)) from None
+
+
+def check_device(name: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
 
 
 def to_yaml(config: TrainConfig, explained: bool = False) -> str:

@@ -27,7 +27,6 @@ from oodkern.training.certify import as_json, certify
 from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
 from oodkern.training.files import write_text
-from oodkern.training.start import find_device
 
 OK, WRONG = 0, 2
 SCORE_BATCH = 256
@@ -62,7 +61,7 @@ def train(options: argparse.Namespace, command: list[str]) -> int:
 
 
 def evaluate(options: argparse.Namespace, command: list[str]) -> int:
-    detector = load_run(options.run, options.checkpoint)
+    detector = load_run(options.run, options.checkpoint, options.device)
     for word in options.words:
         if not word.startswith("data.ood."):
             raise ConfigError(f"{word}: expected data.ood.NAME=SOURCE; the rest is the run's own")
@@ -113,7 +112,7 @@ def evaluate(options: argparse.Namespace, command: list[str]) -> int:
 
 
 def score(options: argparse.Namespace, command: list[str]) -> int:
-    detector = load_run(options.run, options.checkpoint)
+    detector = load_run(options.run, options.checkpoint, options.device)
     paths: list[Path] = []
     for given in map(Path, options.words):
         if not given.exists():
@@ -182,7 +181,7 @@ def select_outliers(options: argparse.Namespace, command: list[str]) -> int:
     ):
         if not least <= value <= most:
             raise ConfigError(f"--{name}: expected a number from {least} to {most:,}{why}, got {value}")
-    detector = load_run(options.run, options.checkpoint)
+    detector = load_run(options.run, options.checkpoint, options.device)
     data = detector.config.data
     try:
         split = build_split(data)
@@ -193,7 +192,7 @@ def select_outliers(options: argparse.Namespace, command: list[str]) -> int:
             if left_out:
                 print(f"{name}: {left_out:,} images of the ID set left out, {len(images):,} stay", file=sys.stderr)
         ranked = rank_outlier_sets(
-            detector.model.to(find_device("auto")),
+            detector.model,
             split.train,
             {name: images for name, (images, _) in opened.items()},
             options.batch_size,

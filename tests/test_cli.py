@@ -115,6 +115,14 @@ def test_score(bare, capsys, tmp_path):
     [
         (["evaluate", "nowhere"], "oodkern evaluate: nowhere: expected the folder of a run, with a config.yaml"),
         (["score", "RUN", "nothing.png"], "oodkern score: nothing.png: no such file or folder"),
+        (
+            ["evaluate", "RUN", "--device", "gpu"],
+            "oodkern evaluate: device: expected auto, cpu, cuda or cuda:N, got 'gpu'",
+        ),
+        (
+            ["score", "RUN", "x.png", "--device", "cuda:99"],
+            f"oodkern score: device: expected one of {torch.cuda.device_count()} CUDA devices, got cuda:99",
+        ),
         (["evaluate", "RUN", "optimizer.lr=3"], "oodkern evaluate: optimizer.lr=3: expected data.ood.NAME=SOURCE"),
         (["evaluate", "RUN", "data.split=3"], "oodkern evaluate: data.split=3: expected data.ood.NAME=SOURCE"),
         (["evaluate", "RUN", "data.ood.x=digits"], "oodkern evaluate: data.ood.x: the ID images are digits"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from oodkern._options import option
 from oodkern.classifier import Output
 from oodkern.losses import EnergyLoss
 from oodkern.methods.base import Method, Setting, as_score
+from oodkern.ops._checks import check_choice
 
 # Which quantiles of the starting model's energies become margins. See `auto_margins`.
 ID_QUANTILE, OUTLIER_QUANTILE = 0.25, 0.75
@@ -69,8 +70,17 @@ def describe_margins(decided: Mapping[str, Any]) -> str:
 
 
 def check_margins(options: Any) -> None:
-    if options.margins not in ("auto", "fixed"):
-        raise ValueError(f"loss.margins: expected auto or fixed, got {options.margins!r}")
+    check_choice(options.margins, "loss.margins", ("auto", "fixed"))
+    if options.margins == "auto":
+        check_left_alone(options, ("margin_in", "margin_out"), "loss.margins=fixed")
+
+
+def check_left_alone(options: Any, names: Sequence[str], counts_with: str) -> None:
+    """Raises ValueError where an option was given that has no effect without another one."""
+    usual = type(options)()
+    for name in names:
+        if (given := getattr(options, name)) != getattr(usual, name):
+            raise ValueError(f"loss.{name}: counts with {counts_with} alone, got {given} without it")
 
 
 class Energy(Method):

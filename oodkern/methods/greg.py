@@ -20,6 +20,7 @@ from oodkern.methods.base import Setting, generator_of
 from oodkern.methods.energy import Energy, EnergyOptions
 from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import gradient_penalty, linear_energy, linear_joint_energy
+from oodkern.ops._checks import check_choice
 from oodkern.pools import cluster_sample, kmeans
 from oodkern.reference import unit, widen
 
@@ -51,8 +52,7 @@ class GReg(Energy):
 
     def __init__(self, options: Any, multi_label: bool = False) -> None:
         super().__init__(options, multi_label)
-        if options.second_order not in ("exact", "finite_difference"):
-            raise ValueError(f"loss.second_order: expected exact or finite_difference, got {options.second_order!r}")
+        check_choice(options.second_order, "loss.second_order", ("exact", "finite_difference"))
         if options.chunk < 1 or not 0 < options.step < math.inf:
             raise ValueError(f"loss.chunk, loss.step: expected positive, got {options.chunk} and {options.step}")
 

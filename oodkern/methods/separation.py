@@ -12,7 +12,7 @@ from oodkern._options import option
 from oodkern.classifier import Output
 from oodkern.losses import EnergyLoss, OutlierExposureLoss, SeparationLoss
 from oodkern.methods.base import Method, Setting, as_score, check_share
-from oodkern.methods.energy import check_margins, decide_margins, describe_margins
+from oodkern.methods.energy import check_left_alone, check_margins, decide_margins, describe_margins
 from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import alignment
 from oodkern.ops._checks import check_choice, check_non_negative
@@ -49,8 +49,10 @@ class Separation(Method):
     def __init__(self, options: SeparationOptions, multi_label: bool = False) -> None:
         super().__init__(options, multi_label)
         check_share(options.start, "loss.start")
-        check_margins(options)
         check_choice(options.outlier_loss, "loss.outlier_loss", OUTLIER_LOSSES)
+        if options.outlier_loss == "oe":
+            check_left_alone(options, ("margins", "margin_in", "margin_out"), "loss.outlier_loss=energy")
+        check_margins(options)
         check_non_negative(options.weight, "loss.weight")
         if options.separation == "projection" and options.sep_reduction != "auto":
             raise ValueError(f"loss.sep_reduction: a projection sums over no classes; got {options.sep_reduction}")

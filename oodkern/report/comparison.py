@@ -10,7 +10,7 @@ from typing import Any
 
 from oodkern.report import comparison_plots, plots
 from oodkern.report.comparison_plots import NAMES, indexed, printable, quality, short, verdict
-from oodkern.report.page import STYLE, data_uri
+from oodkern.report.page import data_uri, document
 from oodkern.tables import percent
 from oodkern.training import files
 from oodkern.training.comparison import BASELINE, CONFIDENCE, METRICS, Comparison, signed
@@ -37,12 +37,7 @@ def page(comparison: Comparison, command: str) -> str:
     title = f"{', '.join(rivals)} against {BASELINE}" if rivals else f"{BASELINE} alone"
     parts = [header(comparison, title, command), matrix(comparison), figures(comparison), facts(comparison)]
     body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{safe(title)} - oodkern</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        "</main>\n</body>\n</html>\n"
-    )
+    return document(printable(title), body)
 
 
 def safe(value: Any) -> str:

@@ -40,6 +40,11 @@ def write_report(run: Run) -> Path:
 def page(run: Run) -> str:
     title = f"{run.config.method} on {run.split.name}, seed {run.config.seed}"
     body = "\n".join([header(run, title), results(run), figures(run), hardest(run), settings(run)])
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page that needs no other file."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -17,6 +17,7 @@ from oodkern.methods import METHODS
 from oodkern.models import build_model
 from oodkern.training.evaluation import predicted
 from oodkern.training.folder import read_checkpoint
+from oodkern.training.start import find_device
 
 
 class Prediction(NamedTuple):
@@ -30,8 +31,9 @@ class Prediction(NamedTuple):
 class Detector:
     """The model, score and threshold of a checkpoint.
 
-    `predict(images [N, C, H, W] in [0, 1])` gives a Prediction; `classes` names the labels; `threshold` accepts 95 %
-    of the ID validation images. `read(path)` makes of an image file what the model was trained on.
+    `predict(images [N, C, H, W] in [0, 1])` gives a Prediction, on the images' device; `classes` names the labels;
+    `threshold` accepts 95 % of the ID validation images. `read(path)` makes of an image file what the model was
+    trained on.
     """
 
     def __init__(self, config: TrainConfig, state: dict) -> None:
@@ -56,9 +58,11 @@ class Detector:
     def predict(self, images: Tensor) -> Prediction:
         if images.dim() != 4 or tuple(images.shape[1:]) != self.shape:
             raise ValueError(f"images: expected [N, {', '.join(map(str, self.shape))}], got {list(images.shape)}")
-        outputs = self.model.outputs(images)
-        score = self.method.score(outputs, self.model.head.weight)
-        return Prediction(predicted(outputs.logits, self.method.multi_label), score, score > self.threshold)
+        weight = self.model.head.weight
+        outputs = self.model.outputs(images.to(weight.device))
+        score = self.method.score(outputs, weight).to(images.device)
+        label = predicted(outputs.logits, self.method.multi_label).to(images.device)
+        return Prediction(label, score, score > self.threshold)
 
     def read(self, path: Path) -> Tensor:
         """[C, H, W] of an image file. Raises DataError with its path where it is none."""
@@ -66,9 +70,11 @@ class Detector:
         return read_image(path, channels, height)
 
 
-def load_run(folder: Path | str, checkpoint: str = "last") -> Detector:
-    """The Detector of a run folder, from its last or its best checkpoint. Raises ConfigError with what is missing."""
-    folder = Path(folder)
+def load_run(folder: Path | str, checkpoint: str = "last", device: str | torch.device = "cpu") -> Detector:
+    """The Detector of a run folder, from its last or its best checkpoint, its model on `device` (`auto`: a GPU where
+    there is one), whatever the run was trained on. Raises ConfigError with what is missing.
+    """
+    folder, device = Path(folder), find_device(device)
     if checkpoint not in ("last", "best"):
         raise ConfigError(f"checkpoint: expected last or best, got {checkpoint!r}")
     if not (folder / "config.yaml").is_file():
@@ -80,4 +86,6 @@ def load_run(folder: Path | str, checkpoint: str = "last") -> Detector:
             f"{folder / checkpoint}.ckpt: the run stopped within an epoch, before its model was validated; go on with "
             f"it by `oodkern train ... --resume`{best}"
         )
-    return Detector(load_config(str(folder / "config.yaml")), state)
+    detector = Detector(load_config(str(folder / "config.yaml")), state)
+    detector.model.to(device)
+    return detector

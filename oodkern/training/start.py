@@ -8,14 +8,17 @@ import torch
 
 from oodkern._errors import brief
 from oodkern.classifier import Classifier
-from oodkern.config import ConfigError, TrainConfig
+from oodkern.config import ConfigError, TrainConfig, check_device
 from oodkern.data import ImageSet, OODSplit
 from oodkern.methods import Setting
 from oodkern.models import build_model
 from oodkern.training import files
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
+    """`auto`, cpu, cuda or cuda:N, or a device. Raises ConfigError where it is none of this machine."""
+    if isinstance(name, str):
+        check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -45,15 +48,15 @@ def setting_of(config: TrainConfig, split: OODSplit, baseline: Classifier, devic
         batch_size=config.optimizer.batch_size,
         outlier_batch_size=config.optimizer.outlier_batch_size,
         seed=config.seed,
-        load_classifier=lambda path: load_classifier(path, split).to(device),
+        load_classifier=lambda path: load_classifier(path, split, device),
     )
 
 
-def load_classifier(path: str, split: OODSplit) -> Classifier:
+def load_classifier(path: str, split: OODSplit, device: torch.device) -> Classifier:
     """The model of a run folder, in evaluation mode and without gradients. Raises ConfigError."""
     from oodkern.training.detector import load_run
 
-    detector = load_run(path)
+    detector = load_run(path, device=device)
     if detector.classes != split.classes or detector.shape != split.train.shape:
         raise ConfigError(
             f"{path}: expected a run on the classes {', '.join(split.classes)} at {split.train.shape}, got "

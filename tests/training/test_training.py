@@ -289,5 +289,9 @@ def test_on_a_gpu(short, precision):
     detector = load_run(run.folder)
     again = evaluate(detector.model, run.split, "energy", partial(plain_score, "energy"))
     torch.testing.assert_close(again.scores["near"], run.method.scores["near"], rtol=1e-2, atol=1e-2)
+    images = run.split.test.images(torch.arange(20))
+    there, here = load_run(run.folder, device="auto").predict(images), detector.predict(images)
+    assert not there.score.is_cuda, "predictions are where the images were"
+    torch.testing.assert_close(there[:2], here[:2], rtol=1e-2, atol=1e-2)
     resumed = train(config, log=silent, resume=True, report=False)
     assert resumed.method.ood == run.method.ood
