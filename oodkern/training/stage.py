@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from oodkern.config import ScheduleConfig, TrainConfig
 from oodkern.data import Batches, ImageSet, OODSplit, augmentation, stream
 from oodkern.methods.objective import Batch, Objective
+from oodkern.schema import ScheduleConfig, TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 1.0  # a float16 gradient that overflows even at this scale is no matter of scale

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from oodkern.config import ScheduleConfig
 from oodkern.losses import ClassificationLoss, EnergyLoss, OutlierExposureLoss
 from oodkern.methods import Objective
 from oodkern.models import SmallCNN
+from oodkern.schema import ScheduleConfig
 from oodkern.training import NotFinite
 from oodkern.training.stage import Stage, rate_at
 
