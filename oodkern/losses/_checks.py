@@ -79,3 +79,13 @@ def check_values(target: Tensor, K: int, multi_label: bool, marks: bool) -> None
         if not fine.all():
             rule = "0 or 1, or a whole row of -1 for an outlier" if marks else "0 or 1"
             raise ValueError(f"target: expected {rule}, got values from {low} to {high}")
+
+
+def check_counts(counts: Any, separable: bool) -> None:
+    """The numbers of rows of a whole batch, of which others are a part."""
+    if counts is None:
+        return
+    if not isinstance(counts, tuple) or len(counts) != 2 or not all(isinstance(one, int) and one >= 0 for one in counts):
+        raise ValueError(f"counts: expected two numbers of rows, in-distribution and outliers, got {counts!r}")
+    if not separable:
+        raise ValueError("counts: expected for losses that are sums over rows alone, and terms of this one couple them")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oodkern.backends import backend_for
-from oodkern.losses._checks import check_fused, check_logit_rows, check_target
+from oodkern.losses._checks import check_counts, check_fused, check_logit_rows, check_target
 from oodkern.losses._slopes import Key, Slope, Slopes, upstreams
 from oodkern.losses.logits import FusedLogits, FusedPart, GivenLogits, Head, Logits
 from oodkern.ops import Upstream
@@ -119,6 +119,7 @@ class OutlierLoss(nn.Module):
         logits_ood: Tensor | None = None,
         *,
         is_ood: Tensor | None = None,
+        counts: tuple[int, int] | None = None,
         return_parts: bool = False,
     ) -> Loss:
         """The loss.
@@ -128,22 +129,26 @@ class OutlierLoss(nn.Module):
             target: [N] integers in 0..K-1, negative for outliers (mixed style); multi-label [N, K] of 0 and 1.
             logits_ood: [M, K] of the outliers, which makes the style split.
             is_ood: [N] bool, mixed multi-label style: which rows are outliers.
+            counts: in-distribution rows and outliers of the whole batch, where these rows are a part of it: means are
+                over so many, and values and gradients of the parts add up to those of the whole.
             return_parts: also return each term before its weight, reduced as the loss is, detached.
 
         Returns:
             A scalar ([N + M] or [N] with reduction "none"), float32 (float64 for float64 logits); with
-            `return_parts` a tuple of it and a dict. A term that no row has is 0.
+            `return_parts` a tuple of it and a dict. A term that no row has is 0. Raises TypeError or ValueError for an
+            argument of the wrong kind or shape, and for `counts` where the loss is not `separable`.
         """
         check_logit_rows(logits, logits_ood)
         N, K = logits.shape
         check_target(target, is_ood, (N, K), self.multi_label, logits_ood is not None, logits, "logits")
+        check_counts(counts, self.separable)
         if logits_ood is not None:
-            counts = N, len(logits_ood)
-            return self._split(GivenLogits(logits, target), target, GivenLogits(logits_ood), counts, return_parts)
+            known, unknown = GivenLogits(logits, target), GivenLogits(logits_ood)
+            return self._split(known, target, unknown, (N, len(logits_ood)), counts, return_parts)
         is_ood = self._outliers(target, is_ood)
         if self.multi_label:
             target = target.clamp_min(0)
-        return self._mixed(GivenLogits(logits, target), target, is_ood, return_parts)
+        return self._mixed(GivenLogits(logits, target), target, is_ood, counts, return_parts)
 
     def from_features(
         self,
@@ -154,6 +159,7 @@ class OutlierLoss(nn.Module):
         n_id: int | None = None,
         *,
         is_ood: Tensor | None = None,
+        counts: tuple[int, int] | None = None,
         return_parts: bool = False,
     ) -> Loss:
         """The loss of the logits features @ head_weight.T + head_bias, which are never formed.
@@ -170,7 +176,7 @@ class OutlierLoss(nn.Module):
             target: [n_id] integers in 0..K-1, multi-label [n_id, K] of 0 and 1. With `n_id` None of all rows, and
                 negative for outliers.
             n_id: how many rows are in-distribution; None: they are told by their targets, or by `is_ood`.
-            is_ood, return_parts: as in `forward`.
+            is_ood, counts, return_parts: as in `forward`.
 
         Returns:
             What `forward` returns for these logits in float32 (float64 for float64 features): of 16-bit features and
@@ -181,29 +187,33 @@ class OutlierLoss(nn.Module):
         N, K = len(features), len(head_weight)
         rows = N if n_id is None else n_id
         check_target(target, is_ood, (rows, K), self.multi_label, n_id is not None, features, "features")
+        check_counts(counts, self.separable)
         self.prepare(head_weight)
         features, weight, bias = autocast(features, head_weight, head_bias)
         head = Head(weight, bias)
         if n_id is None:
             is_ood = self._outliers(target, is_ood)
             logits = FusedLogits(features, head, target)
-            logits.foreseen = self._foreseen(features, head, K, is_ood)
-            return self._mixed(logits, target, is_ood, return_parts)
+            logits.foreseen = self._foreseen(features, head, K, is_ood, counts)
+            return self._mixed(logits, target, is_ood, counts, return_parts)
         whole = FusedLogits(features, head)
-        whole.foreseen = self._foreseen(features, head, K, torch.arange(N, device=features.device) >= n_id)
+        whole.foreseen = self._foreseen(features, head, K, torch.arange(N, device=features.device) >= n_id, counts)
         known, unknown = FusedPart(whole, slice(None, n_id), target), FusedPart(whole, slice(n_id, None))
-        return self._split(known, target, unknown, (n_id, N - n_id), return_parts)
+        return self._split(known, target, unknown, (n_id, N - n_id), counts, return_parts)
 
-    def _foreseen(self, features: Tensor, head: Head, classes: int, is_ood: Tensor) -> dict[Key, Upstream]:
+    def _foreseen(
+        self, features: Tensor, head: Head, classes: int, is_ood: Tensor, counts: tuple[int, int] | None
+    ) -> dict[Key, Upstream]:
         """The upstream gradients of the scores of all rows, times one factor."""
         backend = backend_for("linear_energy", features, classes)
         if self.reduction == "none" or not can_foresee(backend, features, head.weight, head.bias):
             return {}
         parts = [rows.to(score_dtype(features)) for rows in (~is_ood, is_ood)]
         if self.reduction == "mean":
-            parts = [rows / rows.sum().clamp_min(1) for rows in parts]
+            whole = [rows.sum() for rows in parts] if counts is None else map(parts[0].new_tensor, counts)
+            parts = [rows / count.clamp_min(1) for rows, count in zip(parts, whole, strict=True)]
         elif self.reduction == "batchmean":
-            parts = [rows / max(len(rows), 1) for rows in parts]
+            parts = [rows / max(len(rows) if counts is None else sum(counts), 1) for rows in parts]
         return upstreams(zip(self.slopes(classes), parts, strict=True))
 
     def _outliers(self, target: Tensor, is_ood: Tensor | None) -> Tensor:
@@ -216,24 +226,36 @@ class OutlierLoss(nn.Module):
         return target.amax(-1) < 0 if target.shape[-1] else target.new_ones(len(target), dtype=torch.bool)
 
     def _split(
-        self, known: Logits, target: Tensor, unknown: Logits, counts: tuple[Any, Any], return_parts: bool
+        self,
+        known: Logits,
+        target: Tensor,
+        unknown: Logits,
+        lengths: tuple[Any, Any],
+        counts: tuple[int, int] | None,
+        return_parts: bool,
     ) -> Loss:
         ood_terms = self.ood_terms(unknown)  # first: see FusedPart
         id_terms = self.id_terms(known, target)
         pairs = self.pair_terms(known, unknown, target, None)
-        return self._reduce(id_terms, ood_terms, pairs, counts, None, return_parts)
+        return self._reduce(id_terms, ood_terms, pairs, lengths, counts or lengths, None, return_parts)
 
-    def _mixed(self, logits: Logits, target: Tensor, is_ood: Tensor, return_parts: bool) -> Loss:
+    def _mixed(
+        self, logits: Logits, target: Tensor, is_ood: Tensor, counts: tuple[int, int] | None, return_parts: bool
+    ) -> Loss:
         ood_terms = self.ood_terms(logits, ~is_ood)
         id_terms = self.id_terms(logits, target, is_ood)
         pairs = self.pair_terms(logits, logits, target, is_ood)
-        return self._reduce(id_terms, ood_terms, pairs, ((~is_ood).sum(), is_ood.sum()), is_ood, return_parts)
+        lengths = len(target), len(target)
+        return self._reduce(
+            id_terms, ood_terms, pairs, lengths, counts or ((~is_ood).sum(), is_ood.sum()), is_ood, return_parts
+        )
 
     def _reduce(
         self,
         id_terms: Terms,
         ood_terms: Terms,
         pairs: Terms,
+        lengths: tuple[Any, Any],
         counts: tuple[Any, Any],
         is_ood: Tensor | None,
         return_parts: bool,
@@ -267,7 +289,6 @@ class OutlierLoss(nn.Module):
         coupled = {name: (weight, share(mean)) for name, (weight, mean) in pairs.items()}
         # A side without terms is zeros of its length.
         first = next(iter(kept[0].values()))[1]
-        lengths = counts if is_ood is None else (len(first), len(first))
         totals = [
             sum((weight * rows for weight, rows in terms.values()), start=first.new_zeros(length))
             for terms, length in zip(kept, lengths, strict=True)

@@ -93,11 +93,12 @@ class GRegLoss(EnergyLoss):
         logits_ood: Tensor | None = None,
         *,
         is_ood: Tensor | None = None,
+        counts: tuple[int, int] | None = None,
         return_parts: bool = False,
     ) -> Loss:
         """The loss; `penalty` is a scalar, or None where there is none. The rest is as in `OutlierLoss.forward`."""
         check_penalty(penalty)
-        found = super().forward(logits, target, logits_ood, is_ood=is_ood, return_parts=return_parts)
+        found = super().forward(logits, target, logits_ood, is_ood=is_ood, counts=counts, return_parts=return_parts)
         return self.penalised(found, penalty)
 
     def from_features(self, *arguments: Any, penalty: Tensor | None = None, **options: Any) -> Loss:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oodkern import reference
-from oodkern.losses._checks import check_logit_rows, check_target
+from oodkern.losses._checks import check_counts, check_logit_rows, check_target
 from oodkern.losses._slopes import Slopes
 from oodkern.losses.base import Loss, OutlierLoss, Terms
 from oodkern.losses.energy import EnergyLoss
@@ -90,6 +90,7 @@ class SeparationLoss(OutlierLoss):
         features_ood: Tensor | None = None,
         logits_ood: Tensor | None = None,
         *,
+        counts: tuple[int, int] | None = None,
         return_parts: bool = False,
     ) -> Loss:
         """The loss.
@@ -101,7 +102,7 @@ class SeparationLoss(OutlierLoss):
             logits: [N, K] of the same rows.
             target: [N] integers in 0..K-1, negative for outliers (mixed style).
             features_ood, logits_ood: [M, D] and [M, K] of the outliers, which make the style split.
-            return_parts: also return each term before its weight, reduced as the loss is, detached.
+            counts, return_parts: as in `OutlierLoss.forward`.
 
         Returns, and from_features: as in `OutlierLoss`; through the cosines of `separation` differentiable once.
         """
@@ -121,12 +122,13 @@ class SeparationLoss(OutlierLoss):
                 raise ValueError(f"{name}: expected {[len(of), weight.shape[1]]}, got {list(rows.shape)}")
             check_beside(rows, name, logits, "logits", dtype=False)
         check_target(target, None, (N, K), False, split, logits, "logits")
+        check_counts(counts, self.separable)
         self.prepare(weight)
         known = GivenLogits(logits, target, features, weight)
         if logits_ood is not None:
             unknown = GivenLogits(logits_ood, None, features_ood, weight)
-            return self._split(known, target, unknown, (N, len(logits_ood)), return_parts)
-        return self._mixed(known, target, target < 0, return_parts)
+            return self._split(known, target, unknown, (N, len(logits_ood)), counts, return_parts)
+        return self._mixed(known, target, target < 0, counts, return_parts)
 
     def prepare(self, weight: Tensor) -> None:
         """Makes the basis of the projection anew where it is due."""
