@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-EXIT_OK, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 0, 2, 3, 130
-EXIT_CODES = (
-    "exit codes: 0 done, 2 wrong usage, configuration or data, 3 the loss became NaN or infinite, 130 interrupted"
-)
+EXIT_OK, EXIT_LOST, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = """\
+exit codes: 0 done, or stopped by a scheduler and resumable; 1 another process of the job was lost; 2 wrong usage,
+configuration or data; 3 the loss became NaN or infinite; 130 interrupted"""
 
 TRAIN_HELP = """\
 Pretrains a classifier on the in-distribution images, fine-tunes it with auxiliary outliers, and prints both
@@ -28,12 +28,18 @@ examples:
   oodkern train config.yaml seed=1            a file of the same keys, one of them overridden
   oodkern train config.yaml --resume          goes on where that run stopped, bit for bit
   oodkern train --show method=energy          every key with its value and what it means
+  torchrun --nproc-per-node 8 -m oodkern train config.yaml --resume auto
+                                              one model on 8 processes; batch sizes are of all of them
 
 sources of images, as KIND:DIR: idx and emnist (files of the MNIST family, plain or gzipped; emnist swaps the
 axes), cifar10, cifar100 (Python or binary version), folder (DIR/CLASS/*, or DIR/train and DIR/test of that)
 
 The run folder (runs/METHOD-seedN) gets report.html, config.yaml, metrics.jsonl, scores.npz, environment.json,
 last.ckpt (to resume from) and best.ckpt (the best epoch on held-out training images).
+
+SIGTERM and SIGUSR1, a scheduler's warning, end a run after the step under way: last.ckpt is written, "resumable" said,
+and the exit code is 0. A run can go on with another number of processes, and says what is then not bit for bit.
+
 {EXIT_CODES}
 """
 EVALUATE_HELP = """\
@@ -118,7 +124,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = verb("train", "train a baseline, fine-tune it with outliers, compare the two", TRAIN_HELP, TRAIN_EXAMPLES)
     train.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="a file, then overrides")
-    train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run in the folder, if there is one (also: --resume auto)"
+    )
     train.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run")
     train.add_argument("--show", action="store_true", help="print the resolved configuration, explained, and stop")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -179,6 +187,8 @@ def numbers(text: str) -> list[int]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options may stand before, between and behind the words of a verb, which argparse alone does not allow."""
     top = parser()
+    # Schedulers' scripts are written with `--resume auto`, and begin anew where nothing is to be resumed, as here.
+    arguments = [one for i, one in enumerate(arguments) if one != "auto" or arguments[max(i - 1, 0)] != "--resume"]
     options, words = top.parse_known_args(arguments)
     if any(word.startswith("-") for word in words) or (words and not hasattr(options, "words")):
         top.error(f"unrecognized arguments: {' '.join(words)} (`oodkern {options.verb} --help` lists what there is)")
@@ -198,13 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
 
     def failed(error: object, code: int) -> int:
-        print(f"oodkern {options.verb}: {error}", file=sys.stderr)
+        if first_to_speak():
+            print(f"oodkern {options.verb}: {error}", file=sys.stderr)
         return code
+
+    from oodkern._errors import brief
+    from oodkern.processes import Elsewhere, first_to_speak, lost
 
     try:  # Ctrl-C may come while these imports are under way
         from oodkern import verbs
         from oodkern.config import ConfigError
         from oodkern.data import DataError
+        from oodkern.training.interrupt import Stopped
         from oodkern.training.stage import NotFinite
     except KeyboardInterrupt:
         return failed("interrupted", EXIT_INTERRUPTED)
@@ -214,6 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed(error, EXIT_USAGE)
     except NotFinite as error:
         return failed(error, EXIT_NOT_FINITE)
+    except Stopped as error:
+        return failed(error, EXIT_OK)
+    except Elsewhere:
+        return EXIT_USAGE
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        return failed(
+            f"another process of the job ended, or no longer answers ({brief(error)}); its own message "
+            "says why, and --resume goes on from the last checkpoint",
+            EXIT_LOST,
+        )
     except KeyboardInterrupt as error:
         return failed(error if str(error) else "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -18,9 +18,21 @@ from typing import Any
 from oodkern._options import explanations
 from oodkern.data.options import DataConfig
 from oodkern.data.options import check as check_data
-from oodkern.methods import METHODS
+from oodkern.methods import METHODS, Method
 from oodkern.models import check_model
-from oodkern.schema import BATCH_NORMS, HEADS, OPTIMIZERS, PRECISIONS, SCHEDULES, SUITED, SUITED_DATA, TrainConfig
+from oodkern.schema import (
+    BATCH_NORMS,
+    COMPILED,
+    HEADS,
+    IMPLEMENTATIONS,
+    OPTIMIZERS,
+    PARALLEL,
+    PRECISIONS,
+    SCHEDULES,
+    SUITED,
+    SUITED_DATA,
+    TrainConfig,
+)
 
 
 class ConfigError(Exception):
@@ -141,6 +153,7 @@ def check_values(config: TrainConfig) -> None:
         "optimizer.lr": config.optimizer.lr,
         "pretrain.lr": config.pretrain.lr,
         "optimizer.batch_size": config.optimizer.batch_size,
+        "accumulate": config.accumulate,
         "optimizer.outlier_batch_size": config.optimizer.outlier_batch_size,
     }
     for key, value in positive.items():
@@ -167,7 +180,10 @@ def check_values(config: TrainConfig) -> None:
         "precision": (config.precision, PRECISIONS),
         "head": (config.head, HEADS),
         "batch_norm": (config.batch_norm, BATCH_NORMS),
+        "compile": (config.compile, COMPILED),
+        "parallel": (config.parallel, PARALLEL),
         "optimizer.name": (config.optimizer.name, OPTIMIZERS),
+        "optimizer.implementation": (config.optimizer.implementation, IMPLEMENTATIONS),
         "schedule.name": (config.schedule.name, SCHEDULES),
     }
     for key, (name, known) in choices.items():
@@ -181,10 +197,33 @@ def check_values(config: TrainConfig) -> None:
         check_model(config.model)
         method = METHODS[config.method](config.loss, config.multi_label)
         method.check_batches(config.optimizer.batch_size, config.optimizer.outlier_batch_size)
+        check_scale(config, method)
     except ValueError as error:
         # A loss speaks of its arguments, which are the keys of a group here.
         named = hasattr(config.loss, re.split(r"[:,\[]", str(error))[0])
         raise ConfigError(f"loss.{error}" if named else str(error)) from None
+
+
+def check_scale(config: TrainConfig, method: Method) -> None:
+    """Raises ValueError for ways of making a step that do not go together."""
+    sizes = [config.optimizer.batch_size] + [config.optimizer.outlier_batch_size] * method.uses_outliers
+    if config.accumulate > min(sizes):
+        raise ValueError(f"accumulate: expected at most {min(sizes)}, the images of a side, got {config.accumulate}")
+    if config.compile != "none" and getattr(config.loss, "second_order", "") == "exact":
+        raise ValueError(
+            f"compile: what is compiled cannot be differentiated twice, as {config.method} does; take none, or with a "
+            "smooth network loss.second_order=finite_difference"
+        )
+    sharded = [key for key in ("parallel_head",) if getattr(config, key)]
+    sharded += ["parallel"] if config.parallel == "fully_shard" else []
+    if len(sharded) > 1:
+        raise ValueError("parallel_head: expected parallel=ddp beside it, got fully_shard")
+    if sharded and config.precision == "fp16":
+        raise ValueError(f"precision: expected bf16 or fp32 with {sharded[0]}, whose processes see other gradients")
+    if config.parallel_head and config.head != "fused":
+        raise ValueError(f"parallel_head: expected head=fused, whose losses form no logits, got head={config.head}")
+    if config.parallel_head and not method.parallel_head:
+        raise ValueError(f"parallel_head: {config.method} needs all classes in one place; expected false")
 
 
 def check_device(name: str) -> None:

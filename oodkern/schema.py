@@ -14,7 +14,10 @@ from oodkern.models import ModelConfig
 
 PRECISIONS, OPTIMIZERS, SCHEDULES = ("fp32", "bf16", "fp16"), ("sgd", "adamw"), ("cosine", "step", "constant")
 HEADS = ("full", "fused")
-BATCH_NORMS = ("batch", "frozen")
+BATCH_NORMS = ("batch", "frozen", "sync")
+IMPLEMENTATIONS = ("auto", "fused", "foreach")
+COMPILED = ("none", "backbone")
+PARALLEL = ("ddp", "fully_shard")
 
 # Defaults of an embedded set, and of a method on it, where they are not those of the schema: found by hand, on splits
 # other than those that the README reports, but for energy's alpha, where 0.0001 was tried on these before 0.0003.
@@ -59,6 +62,7 @@ class OptimizerConfig:
     batch_size: int = option(64, "ID images a step")
     outlier_batch_size: int = option(128, "outliers a step")
     clip_norm: float = option(0.0, "of the gradient, over all parameters; 0: not clipped")
+    implementation: str = option("auto", "fused: one kernel for all of a step; foreach; auto: fused on a GPU")
 
 
 @dataclass
@@ -82,10 +86,19 @@ class TrainConfig:
     threads: int = option(0, "of the CPU; 0: as many as PyTorch takes")
     precision: str = option("fp32", "fp32, bf16 or fp16 (by autocast, fp16 with a gradient scaler)")
     split_forward: bool = option(False, "ID and outliers one after the other: less memory, other BatchNorm statistics")
+    accumulate: int = option(1, "forward passes that a step's images are parted into (with split_forward of each side)")
+    checkpoint_activations: bool = option(False, "blocks are computed again in the backward pass: less memory")
+    channels_last: bool = option(False, "memory format of images and convolutions")
+    compile: str = option("none", "backbone: by torch.compile; none")
     batch_norm: str = option(
-        "batch", "in fine-tuning: batch, by each batch's statistics; frozen, by the starting model's"
+        "batch",
+        "in fine-tuning: batch, by each batch's statistics; frozen, by the starting model's; sync, by those "
+        "of all processes' batches (on GPUs)",
     )
     head: str = option("full", "full: losses of logits; fused: of features and head, for which no logits are stored")
+    parallel: str = option("ddp", "of several processes: ddp, each has the model; fully_shard, a share of it (FSDP2)")
+    gather_negatives: bool = option(True, "terms that couple rows see those of all processes; false: of each one")
+    parallel_head: bool = option(False, "with head=fused each process has a share of the classes")
     checkpoint_steps: int = option(0, "also write last.ckpt every so many steps; 0: after each epoch alone")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

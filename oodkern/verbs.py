@@ -18,6 +18,7 @@ from oodkern.data.images import image_files
 from oodkern.data.options import check_names
 from oodkern.data.sources import with_more_ood
 from oodkern.outlier_sets import LARGEST_SEED, rank_outlier_sets
+from oodkern.processes import launched, leave, own_rank_is_first
 from oodkern.report.comparison import write_comparison
 from oodkern.report.spectra import outlier_set_figure, ranking_record, ranking_table
 from oodkern.training import Detector, load_run
@@ -27,6 +28,7 @@ from oodkern.training.certify import as_json, certify
 from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
 from oodkern.training.files import write_text
+from oodkern.training.interrupt import Stopped
 
 OK, WRONG = 0, 2
 SCORE_BATCH = 256
@@ -51,9 +53,15 @@ def train(options: argparse.Namespace, command: list[str]) -> int:
             resume=options.resume,
             overwrite=options.overwrite,
         )
-    except KeyboardInterrupt:
-        again = shlex.join([*(word for word in command if word not in ("--overwrite", "--resume")), "--resume"])
+    except (KeyboardInterrupt, Stopped) as error:
+        again = shlex.join([*(one for one in command if one not in ("--overwrite", "--resume", "auto")), "--resume"])
+        again = again if not launched() else f"torchrun ... -m {again}"
+        if isinstance(error, Stopped):
+            raise Stopped(f"stopped by {error}, resumable: `{again}` goes on") from None
         raise KeyboardInterrupt(f"interrupted; `{again}` goes on") from None
+    leave()
+    if not own_rank_is_first():
+        return OK
     print()
     print(tables.run_table(run))
     print(f"\n{run.seconds:.1f} s; the report is {run.folder / 'report.html'}")
@@ -150,6 +158,8 @@ def print_scores(detector: Detector, paths: list[Path], images: torch.Tensor, as
 
 
 def compare(options: argparse.Namespace, command: list[str]) -> int:
+    if launched():
+        raise ConfigError("compare: runs its trainings one after the other, in one process; expected no torchrun")
     if options.splits is not None and options.splits < 1:
         raise ConfigError(f"--splits: expected 1 or more, got {options.splits}")
     path, overrides = file_and_overrides(options.words)

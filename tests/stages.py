@@ -13,6 +13,7 @@ from oodkern.classifier import Classifier
 from oodkern.config import load_config
 from oodkern.data import DataConfig, build_split
 from oodkern.methods import METHODS
+from oodkern.processes import ALONE
 from oodkern.training.evaluation import logits_of
 from oodkern.training.stage import Stage
 from oodkern.training.start import build_classifier, setting_of
@@ -28,7 +29,7 @@ def split_of(name="digits", limit=320, augmentation="auto"):
     return build_split(DataConfig(name, limit=limit, augmentation=augmentation, outlier_augmentation=augmentation))
 
 
-def stage_of(method, *overrides, model=None, decided=None, split=None):
+def stage_of(method, *overrides, model=None, decided=None, split=None, processes=ALONE):
     """A Stage on a starting model (an untrained one unless given), and with margins found on it unless given."""
     config = load_config(None, [f"method={method}", *FEW, *overrides])
     if split is None:
@@ -40,7 +41,7 @@ def stage_of(method, *overrides, model=None, decided=None, split=None):
         decided = binding.decide(*(logits_of(classifier, part) for part in (split.train, split.outliers)))
     setting = setting_of(config, split, copy.deepcopy(classifier), CPU)
     objective = binding.objective(decided, setting)
-    stage = Stage("method", config, split, classifier, objective, binding.uses_outliers, CPU)
+    stage = Stage("method", config, split, classifier, objective, binding.uses_outliers, CPU, processes)
     torch.manual_seed(1)
     return stage
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from oodkern.data.augment import Augmentation, random_numbers
 from oodkern.data.images import DataError, ImageSet
+from oodkern.processes import ALONE, Processes
 
 
 @functools.lru_cache(maxsize=8)
@@ -29,7 +30,8 @@ class Batches(Dataset):
     """Batch number b of a stream: the samples at positions b * batch_size, ..., each seen once in every pass.
 
     Position p stands in pass p // N, whose order is drawn anew; a batch runs over the end of a pass into the next,
-    so every batch is full. Order and augmentation are functions of (seed, stream, position) alone.
+    so every batch is full. Order and augmentation are functions of (seed, stream, position) alone, whoever reads it:
+    of several processes each has its share of every batch, and none has to be told which pass it is.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Batches(Dataset):
         seed: int = 0,
         stream: int = 0,
         augmentation: Augmentation | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         if len(images) < 1 or batch_size < 1:
             raise ValueError(
@@ -46,12 +49,18 @@ class Batches(Dataset):
                 f"batch_size {batch_size}"
             )
         self.source, self.batch_size, self.augmentation = images, batch_size, augmentation
-        self.seed, self.stream = seed, stream
+        self.seed, self.stream, self.processes = seed, stream, processes
+
+    def positions(self, batch: int) -> NDArray[np.int64]:
+        """Of a whole batch, [batch_size]."""
+        return np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
 
     def indices(self, batch: int) -> Tensor:
-        """Indices [batch_size] of the samples of a batch."""
+        """Indices [batch_size] of the samples of a whole batch."""
+        return self._samples(self.positions(batch))
+
+    def _samples(self, positions: NDArray[np.int64]) -> Tensor:
         count = len(self.source)
-        positions = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
         epochs = positions // count
         chosen = [
             order(self.seed, self.stream, int(e), count)[positions[epochs == e] % count] for e in np.unique(epochs)
@@ -59,14 +68,13 @@ class Batches(Dataset):
         return torch.from_numpy(np.concatenate(chosen))
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Images [batch_size, C, H, W] and their labels."""
-        indices = self.indices(batch)
+        """Images [n, C, H, W] of this process's share of a batch, and their labels."""
+        positions = self.positions(batch)[self.processes.share(self.batch_size)]
+        indices = self._samples(positions)
         images = self.source.images(indices)
         if self.augmentation is not None:
-            positions = torch.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-            images = self.augmentation(
-                images, random_numbers(self.seed, self.stream, positions, self.augmentation.numbers)
-            )
+            numbers = random_numbers(self.seed, self.stream, torch.from_numpy(positions), self.augmentation.numbers)
+            images = self.augmentation(images, numbers)
         return images, self.source.labels[indices]
 
 

@@ -28,8 +28,58 @@ def check_logit_rows(logits: Tensor, logits_ood: Tensor | None) -> None:
         check_beside(logits_ood, "logits_ood", logits, "logits", dtype=False)
 
 
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor: told without torch.distributed.tensor, which takes 0.6 s to import where it is built."""
+    return hasattr(value, "to_local")
+
+
+def check_plain(value: Any, name: str) -> None:
+    if is_sharded(value):
+        raise TypeError(f"{name}: expected a plain tensor, the same on every process, got a DTensor")
+
+
+def own_classes(weight: Any) -> slice:
+    """Which rows of a DTensor with placement Shard(0) are here. As of torch.chunk the last may be few, or none."""
+    K, mesh = len(weight), weight.device_mesh
+    size = -(-K // mesh.size())
+    start = min(mesh.get_local_rank() * size, K)
+    return slice(start, min(start + size, K))
+
+
+def check_shards(weight: Any, bias: Any) -> None:
+    """A head of DTensors: chunks of the classes, in the order of the processes of a mesh of one dimension."""
+    from torch.distributed.tensor import Shard
+
+    mesh = weight.device_mesh
+    for value, name in ((weight, "head_weight"), (bias, "head_bias")):
+        if value is None:
+            continue
+        if not is_sharded(value) or value.device_mesh != mesh:
+            of = f"of {value.device_mesh}" if is_sharded(value) else "plain"
+            raise ValueError(f"{name}: expected a DTensor of {mesh}, as head_weight is, got a tensor {of}")
+        if mesh.ndim != 1 or tuple(value.placements) != (Shard(0),):
+            raise ValueError(
+                f"{name}: expected the placement Shard(0) on a mesh of one dimension, got {tuple(value.placements)} on "
+                f"{mesh}"
+            )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"head_weight: expected a mesh with this process in it, got {mesh}")
+    own = own_classes(weight)
+    for value, name in ((weight, "head_weight"), (bias, "head_bias")):
+        if value is not None and (found := len(value.to_local())) != own.stop - own.start:
+            raise ValueError(
+                f"{name}: expected {own.stop - own.start} of {len(weight)} classes on process {mesh.get_local_rank()} "
+                f"of {mesh.size()}, as distribute_tensor makes the chunks, got {found}"
+            )
+
+
 def check_fused(features: Any, weight: Any, bias: Any, n_id: Any) -> None:
     """features [N, D] and a head of [K, D] and [K] or None; under autocast dtypes may differ, since it casts them."""
+    check_plain(features, "features")
+    if is_sharded(weight):
+        check_shards(weight, bias)
+    else:
+        check_plain(bias, "head_bias")
     check_head(features, weight, bias, "head_")
     if n_id is not None:
         if isinstance(n_id, bool) or not isinstance(n_id, int | torch.SymInt):
@@ -43,6 +93,9 @@ def check_target(
 ) -> None:
     """Of `shape` = N rows and K classes; `like` is the argument `of`, on whose device all have to be."""
     check_tensor(target, "target")
+    if not is_sharded(like):
+        check_plain(target, "target")
+        check_plain(is_ood, "is_ood")
     N, K = shape
     expected = (N, K) if multi_label else (N,)
     if tuple(target.shape) != expected:
@@ -81,11 +134,25 @@ def check_values(target: Tensor, K: int, multi_label: bool, marks: bool) -> None
             raise ValueError(f"target: expected {rule}, got values from {low} to {high}")
 
 
+def outlier_rows(target: Tensor, is_ood: Tensor | None, multi_label: bool) -> Tensor:
+    """Which rows of a mixed batch are outliers, [N] bool; its arguments are checked."""
+    if is_ood is not None:
+        return is_ood
+    if not multi_label:
+        return target < 0
+    # The largest of a row, not a mask of all: no [N, K] is formed.
+    return target.amax(-1) < 0 if target.shape[-1] else target.new_ones(len(target), dtype=torch.bool)
+
+
 def check_counts(counts: Any, separable: bool) -> None:
     """The numbers of rows of a whole batch, of which others are a part."""
     if counts is None:
         return
-    if not isinstance(counts, tuple) or len(counts) != 2 or not all(isinstance(one, int) and one >= 0 for one in counts):
+    if (
+        not isinstance(counts, tuple)
+        or len(counts) != 2
+        or not all(isinstance(one, int) and one >= 0 for one in counts)
+    ):
         raise ValueError(f"counts: expected two numbers of rows, in-distribution and outliers, got {counts!r}")
     if not separable:
         raise ValueError("counts: expected for losses that are sums over rows alone, and terms of this one couple them")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from oodkern.backends import backend_for
-from oodkern.losses._checks import check_counts, check_fused, check_logit_rows, check_target
+from oodkern.losses._checks import check_counts, check_fused, check_logit_rows, check_target, is_sharded, outlier_rows
 from oodkern.losses._slopes import Key, Slope, Slopes, upstreams
-from oodkern.losses.logits import FusedLogits, FusedPart, GivenLogits, Head, Logits
+from oodkern.losses.logits import GivenLogits, Head, Logits, binary_cross_entropy, cross_entropy, fused_logits
 from oodkern.ops import Upstream
 from oodkern.ops._checks import check_choice, score_dtype
 from oodkern.ops._foreseen import can_foresee
@@ -23,23 +23,6 @@ COUPLED = REDUCTIONS[:-1]  # those of losses whose terms are not all of rows
 # A term of a loss: its weight and its value for each row.
 Terms = Mapping[str, tuple[float, Tensor]]
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
-
-
-def cross_entropy(logits: Logits) -> Tensor:
-    """logsumexp(z) - z_y of each row, [N]; rows with target < 0 get a number that means nothing.
-
-    The difference of two numbers as large as the logits: its absolute error is theirs, about |E| float32 units in
-    the last place (4e-6 for logits of 30), where torch's cross_entropy subtracts the maximum first (3e-7) and keeps
-    a copy of the logits to do so.
-    """
-    if logits.classes == 0:
-        return logits.energy()
-    return -logits.energy() - logits.chosen()
-
-
-def binary_cross_entropy(logits: Logits) -> Tensor:
-    """mean over labels of softplus(z_c) - y_c z_c, each row, [N]: one JointEnergy and one product."""
-    return (logits.joint_energy() - logits.chosen()) / max(logits.classes, 1)
 
 
 class OutlierLoss(nn.Module):
@@ -145,7 +128,7 @@ class OutlierLoss(nn.Module):
         if logits_ood is not None:
             known, unknown = GivenLogits(logits, target), GivenLogits(logits_ood)
             return self._split(known, target, unknown, (N, len(logits_ood)), counts, return_parts)
-        is_ood = self._outliers(target, is_ood)
+        is_ood = outlier_rows(target, is_ood, self.multi_label)
         if self.multi_label:
             target = target.clamp_min(0)
         return self._mixed(GivenLogits(logits, target), target, is_ood, counts, return_parts)
@@ -171,8 +154,11 @@ class OutlierLoss(nn.Module):
         Args:
             features: [N, D], float64, float32, bfloat16 or float16: in-distribution rows, then outliers; with
                 `n_id` None in any order.
-            head_weight: [K, D], in the dtype of the features (under autocast all three are cast to its dtype).
-            head_bias: [K] or None.
+            head_weight: [K, D], in the dtype of the features (under autocast all three are cast to its dtype); or a
+                DTensor, Shard(0) on a mesh of one dimension. Each process then gives the same features and targets,
+                forms the scores of its own classes, and gets the same loss and the gradients of its own classes: in
+                the features a part, whose sum over the processes is the whole. See `oodkern.losses.parallel`.
+            head_bias: [K] or None; placed as head_weight is.
             target: [n_id] integers in 0..K-1, multi-label [n_id, K] of 0 and 1. With `n_id` None of all rows, and
                 negative for outliers.
             n_id: how many rows are in-distribution; None: they are told by their targets, or by `is_ood`.
@@ -180,8 +166,9 @@ class OutlierLoss(nn.Module):
 
         Returns:
             What `forward` returns for these logits in float32 (float64 for float64 features): of 16-bit features and
-            weights none is rounded to 16 bits. Differentiable twice in features, head_weight and head_bias, whose
-            gradients have their dtypes. Raises TypeError or ValueError for an argument of the wrong kind or shape.
+            weights none is rounded to 16 bits. Differentiable twice in features, head_weight and head_bias (a sharded
+            head: once), whose gradients have their dtypes. Raises TypeError or ValueError for an argument of the wrong
+            kind, shape or placement.
         """
         check_fused(features, head_weight, head_bias, n_id)
         N, K = len(features), len(head_weight)
@@ -189,16 +176,20 @@ class OutlierLoss(nn.Module):
         check_target(target, is_ood, (rows, K), self.multi_label, n_id is not None, features, "features")
         check_counts(counts, self.separable)
         self.prepare(head_weight)
-        features, weight, bias = autocast(features, head_weight, head_bias)
-        head = Head(weight, bias)
+        if n_id is not None:
+            is_ood = torch.arange(N, device=features.device) >= n_id
+        is_ood = outlier_rows(target, is_ood, self.multi_label)
+        if is_sharded(head_weight):
+            from oodkern.losses.parallel import parallel_logits
+
+            known, unknown = parallel_logits(features, head_weight, head_bias, target, n_id)
+        else:
+            features, weight, bias = autocast(features, head_weight, head_bias)
+            head = Head(weight, bias)
+            foreseen = self._foreseen(features, head, K, is_ood, counts)
+            known, unknown = fused_logits(features, head, target, n_id, foreseen)
         if n_id is None:
-            is_ood = self._outliers(target, is_ood)
-            logits = FusedLogits(features, head, target)
-            logits.foreseen = self._foreseen(features, head, K, is_ood, counts)
-            return self._mixed(logits, target, is_ood, counts, return_parts)
-        whole = FusedLogits(features, head)
-        whole.foreseen = self._foreseen(features, head, K, torch.arange(N, device=features.device) >= n_id, counts)
-        known, unknown = FusedPart(whole, slice(None, n_id), target), FusedPart(whole, slice(n_id, None))
+            return self._mixed(known, target, is_ood, counts, return_parts)
         return self._split(known, target, unknown, (n_id, N - n_id), counts, return_parts)
 
     def _foreseen(
@@ -215,15 +206,6 @@ class OutlierLoss(nn.Module):
         elif self.reduction == "batchmean":
             parts = [rows / max(len(rows) if counts is None else sum(counts), 1) for rows in parts]
         return upstreams(zip(self.slopes(classes), parts, strict=True))
-
-    def _outliers(self, target: Tensor, is_ood: Tensor | None) -> Tensor:
-        """Which rows of a mixed batch are outliers, [N] bool."""
-        if is_ood is not None:
-            return is_ood
-        if not self.multi_label:
-            return target < 0
-        # The largest of a row, not a mask of all: no [N, K] is formed.
-        return target.amax(-1) < 0 if target.shape[-1] else target.new_ones(len(target), dtype=torch.bool)
 
     def _split(
         self,

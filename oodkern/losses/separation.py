@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oodkern import reference
-from oodkern.losses._checks import check_counts, check_logit_rows, check_target
+from oodkern.losses._checks import check_counts, check_logit_rows, check_target, is_sharded
 from oodkern.losses._slopes import Slopes
 from oodkern.losses.base import Loss, OutlierLoss, Terms
 from oodkern.losses.energy import EnergyLoss
@@ -134,6 +134,11 @@ class SeparationLoss(OutlierLoss):
         """Makes the basis of the projection anew where it is due."""
         if self.separation != "projection" or self.beta == 0:
             return
+        if is_sharded(weight):
+            raise ValueError(
+                "separation: expected 'cosine' with a head_weight that is a DTensor, got 'projection', whose basis is "
+                "made of all class weights"
+            )
         (K, D), rank = weight.shape, self.rank
         if (K if rank is None else min(rank, K)) >= D and not self.warned:
             self.warned = True

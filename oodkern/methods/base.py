@@ -53,6 +53,7 @@ class Method:
     name: ClassVar[str]
     Options: ClassVar[type]
     uses_outliers: ClassVar[bool] = True
+    parallel_head: ClassVar[bool] = True  # whether a share of the classes will do for a process: see losses.parallel
     score_names: ClassVar[tuple[str | None, str | None]]  # of single- and multi-label classifiers; None: not for them
 
     def __init__(self, options: Any, multi_label: bool = False) -> None:
@@ -82,6 +83,11 @@ class Method:
     def score(self, outputs: Output, weight: Tensor) -> Tensor:
         """The outlier score [N], larger = more OOD, of what a model makes of images and of its head's weight [K, D]."""
         return as_score(self.score_name, outputs.logits)
+
+    @property
+    def coupled(self) -> str:
+        """Which terms of the loss see all rows of a step at once; nothing where it is a sum over rows."""
+        return ""
 
     def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
         """What the loss takes from the starting model's logits of both training sets, such as margins: plain values."""

@@ -36,6 +36,10 @@ class Edge(Method):
         super().__init__(options, multi_label)
         check_share(options.gap_start, "loss.gap_start")
 
+    @property
+    def coupled(self) -> str:
+        return "the gap" if self.options.beta else ""
+
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options, counts = self.options, None
         if options.tail == "frequency":

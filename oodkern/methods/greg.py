@@ -49,6 +49,7 @@ class GRegPlusOptions(GRegOptions):
 class GReg(Energy):
     name = "greg"
     Options = GRegOptions
+    parallel_head = False
 
     def __init__(self, options: Any, multi_label: bool = False) -> None:
         super().__init__(options, multi_label)
@@ -94,6 +95,7 @@ class GRegObjective(Objective):
         self.method = method
 
     def loss_of(self, model: Any, rows: Rows, batch: Batch) -> Loss:
+        assert batch.images is not None
         n_id = len(batch.target)
         is_ood = torch.arange(len(batch.images), device=batch.images.device) >= n_id
         with torch.no_grad():
@@ -105,7 +107,7 @@ class GRegObjective(Objective):
             value, parts = self.loss_of_features(model, rows[0], batch, penalty=penalty)
         else:
             known, unknown = parted(rows[0], n_id)
-            value, parts = self.loss(known, batch.target, penalty, unknown, return_parts=True)
+            value, parts = self.loss(known, batch.target, penalty, unknown, return_parts=True, **batch.of_whole)
         for name, side, count in (("in", ~is_ood, batch.counts[0]), ("out", is_ood, batch.counts[1])):
             parts[f"selected_{name}"] = ((weight > 0) & side).sum() / max(count, 1)
         return value, parts
@@ -214,13 +216,13 @@ class GRegPlusObjective(GRegObjective):
 
     @torch.no_grad()
     def choose(self, model: Classifier, outliers: Tensor, step: int) -> Tensor:
-        random = generator_of(self.seed, step, outliers.device)
+        random, processes = generator_of(self.seed, step, outliers.device), self.processes
         if step % self.every == 0 or self.features is None:
             model.eval()
             parts = [model.features(part) for part in outliers.split(self.count)]  # in the memory of a step
-            self.features = widen(torch.cat(parts))
+            self.features = processes.gather(widen(torch.cat(parts)))
             self.cluster = kmeans(unit(self.features), self.clusters, random).index
-            self.available = torch.ones(len(outliers), dtype=torch.bool, device=outliers.device)
+            self.available = torch.ones(len(self.features), dtype=torch.bool, device=outliers.device)
         assert self.available is not None
         chosen = cluster_sample(
             self.features,
@@ -232,8 +234,10 @@ class GRegPlusObjective(GRegObjective):
             clustering=self.cluster,
             available=self.available,
         )
+        # Sums on a GPU may differ in their last bit from process to process, and so what is chosen by them.
+        chosen = processes.of_first(chosen)
         self.available[chosen] = False
-        return outliers[chosen]
+        return processes.take(outliers, chosen, self.candidates)
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"features": self.features, "cluster": self.cluster, "available": self.available}

@@ -53,7 +53,7 @@ class OALOptions:
 class OAL(Method):
     name = "oal"
     Options = OALOptions
-    uses_outliers = False
+    uses_outliers, parallel_head = False, False
     score_names = ("energy", None)
 
     def __init__(self, options: OALOptions, multi_label: bool = False) -> None:
@@ -63,6 +63,10 @@ class OAL(Method):
             raise ValueError(f"loss.bank: infonce has one bank, in the teacher's feature space; got {options.bank}")
         check_draws(options.neighbour, options.boundary, options.draws, options.keep, options.sigma, options.rounds)
         super().__init__(options, multi_label)
+
+    @property
+    def coupled(self) -> str:
+        return "the contrast"
 
     def check(self, setting: Setting) -> None:
         options = self.options
@@ -136,14 +140,15 @@ class OALObjective(Objective):
     def rows(self, model: Any, images: Tensor) -> Rows:
         return tuple(model.outputs(images))
 
+    def given(self, images: Tensor) -> Rows:
+        return tuple(self.teacher.outputs(images)) if self.taught is None else ()
+
     def loss_of(self, model: Any, rows: Rows, batch: Batch) -> Loss:
-        logits, features = rows
-        if self.taught is None:
-            with torch.no_grad():
-                taught = self.teacher.outputs(batch.images)
-        else:
+        logits, features, *of_teacher = rows
+        if self.taught is not None:
             indices = batch.indices.to(logits.device)
-            taught = Output(*(one[indices] for one in self.taught))
+            of_teacher = [one[indices] for one in self.taught]
+        taught = Output(*of_teacher)
         random = generator_of(self.seed, batch.step)
         latents = [drawn(bank, len(logits), random) for bank in self.banks]
         return self.loss(features, logits, batch.target, latents, taught.logits, taught.features, return_parts=True)

@@ -110,4 +110,4 @@ class SeparationObjective(Objective):
             return self.loss_of_features(model, rows[0], batch)
         (logits, more_logits), (features, more_features) = (parted(one, len(batch.target)) for one in rows)
         arguments = (features, model.head.weight, logits, batch.target, more_features, more_logits)
-        return self.loss(*arguments, return_parts=True)
+        return self.loss(*arguments, return_parts=True, **batch.of_whole)

@@ -131,7 +131,9 @@ def _around(
         best, far = centers.new_empty(len(group), 0, D), centers.new_empty(len(group), 0)
         for start in range(0, draws, most):
             size = (len(group), min(most, draws - start), D)
-            made = torch.randn(size, generator=generator, device=generator.device).to(centers.device)
+            made = torch.randn(size, generator=generator, device=generator.device, dtype=centers.dtype).to(
+                centers.device
+            )
             torch.add(group[:, None], made, alpha=sigma, out=made)
             product = farness(made.flatten(0, 1), members, k).view(size[:2])
             # The cosines: rows are divided by their norms when they are chosen.

@@ -14,6 +14,7 @@ from oodkern.classifier import Classifier, Output
 from oodkern.data import ImageSet, OODSplit
 from oodkern.methods import as_score
 from oodkern.metrics import OODMetrics, accuracy, mean_average_precision, ood_metrics
+from oodkern.processes import ALONE, Processes
 
 # An outlier score [N] of what a model makes of images, and of its head's weight [K, D]; larger = more OOD.
 Score = Callable[[Output, Tensor], Tensor]
@@ -57,15 +58,21 @@ class Judged(NamedTuple):
 
 @torch.no_grad()
 def scored(
-    model: Classifier, images: ImageSet, scores: Mapping[str, Score], batch_size: int = 512, limit: int = 0
+    model: Classifier,
+    images: ImageSet,
+    scores: Mapping[str, Score],
+    batch_size: int = 512,
+    limit: int = 0,
+    processes: Processes = ALONE,
 ) -> Judged:
     """Logits and scores of images, in evaluation mode; the model's mode is restored.
 
     Features, which some scores are made of, are kept for one batch alone. With a `limit`, of as many images at most,
-    evenly spaced.
+    evenly spaced. Each process looks at its share, and all get the numbers of all images, each once and in order.
     """
     device = next(model.parameters()).device
     indices = evenly_spaced(len(images), limit or len(images))
+    indices = indices[processes.share(len(indices))]
     was_training = model.training
     model.eval()
     logits: list[Tensor] = []
@@ -79,7 +86,11 @@ def scored(
                 found[name].append(score(outputs, model.head.weight).cpu())
     finally:
         model.train(was_training)
-    return Judged(torch.cat(logits), {name: torch.cat(batches) for name, batches in found.items()})
+
+    def joined(batches: list[Tensor]) -> Tensor:
+        return processes.gather(torch.cat(batches).to(device)).cpu()
+
+    return Judged(joined(logits), {name: joined(batches) for name, batches in found.items()})
 
 
 def logits_of(model: Any, images: ImageSet, batch_size: int = 512, limit: int = 0) -> Tensor:
@@ -104,9 +115,12 @@ def correct(logits: Tensor, labels: Tensor) -> float:
     return accuracy(logits.argmax(-1), labels) if labels.dim() == 1 else mean_average_precision(logits, labels)
 
 
-def judge(model: Classifier, split: OODSplit, scores: Mapping[str, Score]) -> list[Evaluation]:
+def judge(
+    model: Classifier, split: OODSplit, scores: Mapping[str, Score], processes: Processes = ALONE
+) -> list[Evaluation]:
     """Accuracy on the ID test images, and the OOD metrics of each score against each OOD set."""
-    judged = {name: scored(model, images, scores) for name, images in {"id": split.test, **split.test_ood}.items()}
+    sets = {"id": split.test, **split.test_ood}
+    judged = {name: scored(model, images, scores, processes=processes) for name, images in sets.items()}
     accuracy = correct(judged["id"].logits, split.test.labels)
     evaluations = []
     for score in scores:

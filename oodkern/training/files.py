@@ -43,7 +43,7 @@ class JSONLines:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        self.file = open(path, "ab")  # noqa: SIM115  (closed by the context manager below)
+        self.file: Any = open(path, "ab")  # noqa: SIM115  (closed by the context manager below)
         self.file.truncate(size)
 
     def write(self, **record: Any) -> None:
@@ -60,6 +60,19 @@ class JSONLines:
 
     def __exit__(self, *exception: object) -> None:
         self.file.close()
+
+
+class NoLines(JSONLines):
+    """The log of a process that is not the first."""
+
+    def __init__(self) -> None:
+        self.file = io.BytesIO()
+
+    def write(self, **record: Any) -> None:
+        pass
+
+    def sync(self) -> int:
+        return 0
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+OWN_SEED = 1_000_003  # by which processes' seeds differ
+
 
 def random_state() -> dict[str, Any]:
     """Of PyTorch (CPU and every GPU), NumPy's global generator and Python's."""

@@ -11,6 +11,7 @@ from oodkern.classifier import Classifier
 from oodkern.config import TrainConfig
 from oodkern.data import OODSplit
 from oodkern.methods import BASELINE_SCORES, MULTI_LABEL_BASELINE_SCORES, Method
+from oodkern.processes import ALONE, Processes
 from oodkern.training.evaluation import Evaluation, Score, best_of, judge, plain_score
 from oodkern.training.files import JSONLines
 
@@ -42,7 +43,12 @@ class Run:
 
 
 def judge_both(
-    baseline: Classifier, model: Classifier, method: Method, split: OODSplit, lines: JSONLines
+    baseline: Classifier,
+    model: Classifier,
+    method: Method,
+    split: OODSplit,
+    lines: JSONLines,
+    processes: Processes = ALONE,
 ) -> tuple[list[list[Evaluation]], list[Evaluation]]:
     """The model before and after fine-tuning: by each plain score, and by the method's. Logs what it finds."""
     names = MULTI_LABEL_BASELINE_SCORES if split.multi_label else BASELINE_SCORES
@@ -50,7 +56,7 @@ def judge_both(
     plain, by_method = [], []
     for tested, title in ((baseline, "baseline"), (model, method.name)):
         # The method's own score may bear the name of a plain one, and be another (the energy at a temperature).
-        *of_plain, own = judge(tested, split, {**scores, OWN_SCORE: method.score})
+        *of_plain, own = judge(tested, split, {**scores, OWN_SCORE: method.score}, processes)
         plain.append(of_plain)
         by_method.append(replace(own, score_name=method.score_name))
         for one in [*of_plain, by_method[-1]]:

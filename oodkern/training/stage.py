@@ -9,9 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from oodkern.classifier import Classifier
 from oodkern.data import Batches, ImageSet, OODSplit, augmentation, stream
-from oodkern.methods.objective import Batch, Objective
+from oodkern.methods.objective import Objective
+from oodkern.processes import ALONE, Processes
 from oodkern.schema import ScheduleConfig, TrainConfig
+from oodkern.training.memory import Lean, memory_format
+from oodkern.training.passes import Gradients
+from oodkern.training.replica import Replica
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 1.0  # a float16 gradient that overflows even at this scale is no matter of scale
@@ -40,14 +45,20 @@ def build_optimizer(
     """`rates`: parameters, and their learning rates in units of `lr`; kept in each group as `factor`."""
     options = config.optimizer
     groups = [{"params": parameters, "factor": factor} for parameters, factor in rates if parameters]
+    kind = options.implementation
+    on_gpu = all(one.is_cuda for parameters, _ in rates for one in parameters)
+    # Of None PyTorch chooses, and does not choose fused.
+    how: Any = {"fused": True if kind == "fused" or (kind == "auto" and on_gpu) else None}
+    how |= {"foreach": True} if kind == "foreach" else {}
     if options.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=options.weight_decay, **how)
     return torch.optim.SGD(
         groups,
         lr=lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         nesterov=options.momentum > 0,
+        **how,
     )
 
 
@@ -62,12 +73,13 @@ class Stage:
     """`advance()` is one step over a batch of ID images and one of outliers.
 
     By default one joint forward pass over [ID; outliers]: BatchNorm then normalises both by the statistics of the
-    whole batch. With `split_forward` each part has its own pass and its own statistics; where the loss is the sum of
-    a term of each, the backward pass of the first comes before the forward pass of the second, so that only one
-    part's activations are alive.
+    whole batch. With `split_forward` each part has its own pass and its own statistics, and with `accumulate` each has
+    several; only one pass's activations are alive then: see `oodkern.training.passes`.
 
     The loss is formed by an Objective, which also chooses the step's outliers where a method does. With `head=fused` it
     is formed of the model's features and its head: see `oodkern.training.fused`.
+
+    Batches are of all processes: each reads its share of either stream, and every step's gradient is that of the whole.
 
     `state_dict()` and `load_state_dict()` carry everything that the next step depends on, the random state of the
     process apart.
@@ -78,14 +90,15 @@ class Stage:
         kind: Literal["pretrain", "method"],
         config: TrainConfig,
         split: OODSplit,
-        model: nn.Module,
+        model: Classifier,
         objective: Objective,
         outliers: bool,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.model: Any = model
-        self.objective = objective
-        objective.fused = config.head == "fused"
+        self.objective, self.processes = objective, processes
+        objective.fused, objective.processes = config.head == "fused", processes
         self.kind, self.config, self.device = kind, config, device
         self.name = config.method if kind == "method" else kind
         options = config.optimizer
@@ -99,6 +112,10 @@ class Stage:
         if outliers:
             size = objective.candidates or options.outlier_batch_size
             self.outlier_batches = self._batches(split.outliers, size, numbers[1], split.outlier_augmentation)
+        self.labels = split.train.labels
+        self.format = memory_format(config)
+        self.lean = Lean(model, config)
+        self.replica = Replica(model, objective, processes, device)
         self.lr = config.optimizer.lr if kind == "method" else config.pretrain.lr
         self.optimizer = build_optimizer(
             config, [(list(model.parameters()), 1.0), *objective.learning_rates()], self.lr
@@ -107,6 +124,7 @@ class Stage:
         self.warmup = round(config.schedule.warmup * self.steps_per_epoch)
         self.dtype = DTYPES[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.gradients = Gradients(self.replica, objective, config, processes, self.autocast, self.scaled)
         self.step = 0
         self.totals: dict[str, list[float]] = {}  # of the epoch: sums over its steps, and how many
         self.batch: dict[str, Any] | None = None  # of the last step
@@ -115,7 +133,7 @@ class Stage:
         self._candidates: Tensor | None = None  # the outliers read last
 
     def _batches(self, images: ImageSet, size: int, number: int, augment: str) -> Batches:
-        return Batches(images, size, self.config.seed, number, augmentation(augment))
+        return Batches(images, size, self.config.seed, number, augmentation(augment), self.processes)
 
     @property
     def epoch(self) -> int:
@@ -127,22 +145,25 @@ class Stage:
         return self.step % self.steps_per_epoch == 0
 
     @property
+    def outliers_per_step(self) -> int:
+        return self.config.optimizer.outlier_batch_size if self.outlier_batches else 0
+
+    @property
     def images_per_step(self) -> int:
-        outliers = self.config.optimizer.outlier_batch_size if self.outlier_batches else 0
-        return self.id_batches.batch_size + outliers
+        return self.id_batches.batch_size + self.outliers_per_step
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ID images, their targets, and the outliers read for this step, on the device."""
+        """This process's ID images of the step, their targets, and its outliers of those read for it, on the device."""
         if self._id_stream is None:  # the streams of a resumed stage begin where the last step ended
             workers, pin = self.config.data.workers, self.device.type == "cuda"
             self._id_stream = stream(self.id_batches, self.step, workers, pin)
             if self.outlier_batches is not None:
                 self._outlier_stream = stream(self.outlier_batches, self.step // self.objective.every, workers, pin)
         images, target = next(self._id_stream)
-        move = {"device": self.device, "non_blocking": True}
+        move: Any = {"device": self.device, "non_blocking": True, "memory_format": self.format}
         if self._outlier_stream is not None and (self._candidates is None or self.step % self.objective.every == 0):
             self._candidates = next(self._outlier_stream)[0].to(**move)
-        return images.to(**move), target.to(**move), self._candidates
+        return images.to(**move), target.to(self.device, non_blocking=True), self._candidates
 
     def set_training(self) -> None:
         """Training mode, but for what is frozen of it."""
@@ -153,8 +174,9 @@ class Stage:
                     module.eval()
 
     def close(self) -> None:
-        """Lets go of the streams, and so of their processes."""
+        """Lets go of the streams, and so of their processes, and leaves the model as it came."""
         self._id_stream = self._outlier_stream = self._candidates = None
+        self.lean.undo()
 
     def advance(self) -> dict[str, float]:
         """One step; its loss, the loss's parts, and the norm of the gradient."""
@@ -165,6 +187,7 @@ class Stage:
             with self.autocast():
                 outliers = self.objective.choose(self.model, outliers, self.step)
         self.set_training()
+        self.optimizer.zero_grad(set_to_none=True)
         self.batch = {
             "images": images,
             "target": target,
@@ -172,8 +195,12 @@ class Stage:
             "stage": self.name,
             "step": self.step + 1,
         }
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = self.split_forward(images, target, outliers) if self.splits else self.joint(images, target, outliers)
+        indices = self.id_batches.indices(self.step)
+        counts = len(indices), self.outliers_per_step
+        target = self.labels[indices].to(self.device)
+        parts = self.over_processes(self.gradients(images, outliers, target, indices, counts, self.step))
+        if not math.isfinite(parts["loss"]):
+            raise NotFinite(f"the loss is {parts['loss']}")
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optimizer.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
@@ -184,6 +211,7 @@ class Stage:
             group["lr"] = self.lr * group["factor"] * rate_at(self.step, self.steps, self.warmup, self.config.schedule)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.replica.end_step()
         self.step += 1
         if math.isfinite(norm):
             parts["gradient_norm"] = norm
@@ -193,45 +221,16 @@ class Stage:
             self.totals[name] = [total + value, count + 1]
         return parts
 
-    @property
-    def splits(self) -> bool:
-        return self.config.split_forward and self.outlier_batches is not None
-
-    def joint(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
-        counts = len(images), 0 if outliers is None else len(outliers)
-        if outliers is not None:
-            images = torch.cat([images, outliers])
-        return self.of_parts([images], target, counts)
-
-    def split_forward(self, images: Tensor, target: Tensor, outliers: Tensor | None) -> dict[str, float]:
-        assert outliers is not None
-        counts = len(images), len(outliers)
-        if not getattr(self.objective.loss, "separable", False):
-            return self.of_parts([images, outliers], target, counts)
-        parts = self.of_parts([images], target, counts)
-        more = self.of_parts([outliers], target[:0], counts)
-        return {name: parts.get(name, 0.0) + more.get(name, 0.0) for name in {**parts, **more}}
-
-    def of_parts(self, parts: list[Tensor], target: Tensor, counts: tuple[int, int]) -> dict[str, float]:
-        """Forward passes over parts, the loss of all their rows, and its backward pass."""
-        indices = self.id_batches.indices(self.step)
-        with self.autocast():
-            passes = [self.objective.rows(self.model, part) for part in parts]
-            rows = tuple(torch.cat(one) if len(one) > 1 else one[0] for one in zip(*passes, strict=True))
-            images = torch.cat(parts) if len(parts) > 1 else parts[0]
-            found = self.objective.loss_of(self.model, rows, Batch(images, target, counts, indices, self.step))
-        return self.backward(*found)
+    def over_processes(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over the processes: of means over the whole step's rows each has its own rows' part."""
+        values = torch.stack([one.double() for one in parts.values()])
+        return dict(zip(parts, self.processes.sum(values).tolist(), strict=True))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def backward(self, value: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
-        loss = value.item()
-        if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss}")
-        if value.requires_grad:  # of a part that the loss says nothing about it does not
-            self.scaler.scale(value).backward()
-        return {"loss": loss} | {name: float(part) for name, part in parts.items()}
+    def scaled(self, value: Tensor) -> Tensor:
+        return self.scaler.scale(value)
 
     def means(self) -> dict[str, float]:
         """Means over the epoch's steps (those that had the part), and images per second; the sums start anew."""

@@ -16,16 +16,19 @@ from oodkern.data import ImageSet, OODSplit
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import METHODS, Method, Objective
 from oodkern.metrics import auroc, threshold_at_recall
+from oodkern.processes import ALONE, Processes
 from oodkern.training import files
 from oodkern.training.board import Board
 from oodkern.training.evaluation import SAMPLE, Judged, Score, correct, scored
 from oodkern.training.folder import FORMAT
 from oodkern.training.fused import check_fused_head
-from oodkern.training.interrupt import Interrupt
+from oodkern.training.interrupt import Interrupt, stop
+from oodkern.training.memory import memory_format
 from oodkern.training.pretrained import read_pretrained, write_pretrained
 from oodkern.training.progress import shown
-from oodkern.training.random_state import random_state, seed_everything, set_random_state
+from oodkern.training.random_state import OWN_SEED, random_state, seed_everything, set_random_state
 from oodkern.training.run import Run, judge_both
+from oodkern.training.several import resumed_by_others, synchronised, what_differs
 from oodkern.training.stage import NotFinite, Stage
 from oodkern.training.start import build_classifier, setting_of
 
@@ -42,10 +45,12 @@ class Trainer:
         log: Callable[[str], None],
         progress: bool,
         pretrained: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.split, self.device, self.lines, self.pretrained = config, split, device, lines, pretrained
-        self.log, self.progress = log, progress
-        self.board = Board(config.folder / "tensorboard")
+        self.processes = processes
+        self.log, self.progress = log, progress and processes.first
+        self.board = Board(config.folder / "tensorboard") if processes.first else None
         self.method: Method = METHODS[config.method](config.loss, split.multi_label)
         self.started, self.seconds_before = time.perf_counter(), 0.0
         self.decided: dict[str, Any] = {}
@@ -57,9 +62,11 @@ class Trainer:
         config, split = self.config, self.split
         seed_everything(config.seed)
         self.log(split.describe())
-        if config.split_forward:
-            self.log("split forward: BatchNorm normalises ID images and outliers by their own statistics, not jointly")
-        model = build_classifier(config, split).to(self.device)
+        built: Any = build_classifier(config, split)
+        model: Classifier = built.to(self.device, memory_format=memory_format(config))
+        for line in what_differs(config, self.method, self.processes, model):
+            self.log(line)
+        model = synchronised(model, config, self.processes, self.device)
         baseline_loss = ClassificationLoss(multi_label=split.multi_label)
         if config.head == "fused":
             few = split.train.images(torch.arange(min(16, len(split.train)))).to(self.device)
@@ -67,9 +74,13 @@ class Trainer:
             self.log("fused head: losses are formed of features and head, and no logits are stored in training")
         if state is not None:
             self.log(f"resuming {config.folder} after epoch {state['epoch']} of {state['stage']}")
+            if state.get("processes", 1) != self.processes.count:
+                self.log(resumed_by_others(state.get("processes", 1), self.processes.count))
             self.restore(state, model)
         if self.baseline is None:
             self.check(model)
+            if not self.processes.first:  # dropout of its own; whatever is made of random numbers, is process 0's
+                seed_everything(config.seed + self.processes.rank * OWN_SEED)
             self.pretrain(model, Objective(baseline_loss.to(self.device)), state)
             state = None
             self.baseline = copy.deepcopy(model)
@@ -90,7 +101,8 @@ class Trainer:
                 raise ConfigError(str(error)) from None
             objective.loss.to(self.device)
             self.train_stage("method", model, objective, self.method.uses_outliers, state)
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
         return self.judge(model)
 
     def check(self, model: Classifier) -> None:
@@ -124,15 +136,16 @@ class Trainer:
     ) -> None:
         from tqdm import tqdm
 
-        stage = Stage(kind, self.config, self.split, model, objective, outliers, self.device)
+        stage = Stage(kind, self.config, self.split, model, objective, outliers, self.device, self.processes)
         if state is not None:
             stage.load_state_dict(state["training"])
-            set_random_state(state["random"])
+            self.set_random_state(state)
         elif kind == "method":
             self.validate(stage)
             self.save_best(stage)
             self.save(stage)
-        self.board.begin(stage.steps_before + stage.step + 1)
+        if self.board is not None:
+            self.board.begin(stage.steps_before + stage.step + 1)
         every = self.config.checkpoint_steps
         bar = tqdm(
             total=stage.steps,
@@ -153,17 +166,19 @@ class Trainer:
                         self.end_epoch(stage)
                 except NotFinite as error:
                     raise self.keep_batch(error, stage) from None
-                if stage.at_epoch_end or interrupt.asked or (every and stage.step % every == 0):
+                asked = self.processes.most(interrupt.asked, self.device)  # all of them stop after the same step
+                if stage.at_epoch_end or asked or (every and stage.step % every == 0):
                     self.save(stage)
-                if interrupt.asked:
-                    raise KeyboardInterrupt
+                if asked:
+                    stop(asked)
         stage.close()
 
     def end_epoch(self, stage: Stage) -> None:
         found, means = self.validate(stage), stage.means()
         values = {"lr": stage.optimizer.param_groups[0]["lr"], **means, **found}
         self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, **values)
-        self.board.write(stage.name, stage.steps_before + stage.step, values)
+        if self.board is not None:
+            self.board.write(stage.name, stage.steps_before + stage.step, values)
         if stage.kind == "method" and sum(found.values()) > self.best:
             self.best = sum(found.values())
             self.save_best(stage)
@@ -186,7 +201,7 @@ class Trainer:
         }
 
     def scored(self, model: Classifier, images: ImageSet, scores: Mapping[str, Score], limit: int = 0) -> Judged:
-        found = scored(model, images, scores, limit=limit)
+        found = scored(model, images, scores, limit=limit, processes=self.processes)
         if not found.logits.isfinite().all():  # the last step can diverge after its loss was looked at
             raise NotFinite("the model's logits are not finite")
         return found
@@ -194,7 +209,8 @@ class Trainer:
     def keep_batch(self, error: NotFinite, stage: Stage) -> NotFinite:
         """Saves the batch of the last step, and says where."""
         assert stage.batch is not None
-        path = self.config.folder / "not_finite.pt"
+        own = "" if self.processes.first else f"-{self.processes.rank}"
+        path = self.config.folder / f"not_finite{own}.pt"
         files.save_checkpoint(path, stage.batch)
         return NotFinite(f"{error}, at step {stage.batch['step']} of {stage.name}; the batch is in {path}")
 
@@ -218,16 +234,22 @@ class Trainer:
         }
 
     def save_best(self, stage: Stage) -> None:
-        files.save_checkpoint(self.config.folder / "best.ckpt", self.inference_state(stage))
+        if self.processes.first:
+            files.save_checkpoint(self.config.folder / "best.ckpt", self.inference_state(stage))
 
     def save(self, stage: Stage) -> None:
+        training, (random, *others) = stage.state_dict(), self.processes.objects(random_state())
+        if not self.processes.first:
+            return
         files.save_checkpoint(
             self.config.folder / "last.ckpt",
             {
                 **self.inference_state(stage),
                 "baseline": None if self.baseline is None else self.baseline.state_dict(),
-                "training": stage.state_dict(),
-                "random": random_state(),
+                "training": training,
+                "processes": self.processes.count,
+                "random": random,
+                "random_of_others": others,
                 "images": self.split.facts()["images"],
                 "decided": self.decided,
                 "best": self.best,
@@ -235,6 +257,12 @@ class Trainer:
                 "seconds": self.seconds,
             },
         )
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """That of this process; a process that was not there before keeps the one that it began with."""
+        states = [state["random"], *state.get("random_of_others", ())]
+        if self.processes.rank < len(states):
+            set_random_state(states[self.processes.rank])
 
     def restore(self, state: dict[str, Any], model: Classifier) -> None:
         for key, value in self.split.facts().items():
@@ -250,10 +278,11 @@ class Trainer:
     def judge(self, model: Classifier) -> Run:
         """Both models on the test, once, at the end."""
         assert self.baseline is not None
-        plain, by_method = judge_both(self.baseline, model, self.method, self.split, self.lines)
+        plain, by_method = judge_both(self.baseline, model, self.method, self.split, self.lines, self.processes)
         before, after = by_method
         old = {f"baseline/{name}": scores for name, scores in before.scores.items()}
-        files.save_scores(self.config.folder / "scores.npz", {**after.scores, **old})
+        if self.processes.first:
+            files.save_scores(self.config.folder / "scores.npz", {**after.scores, **old})
         return Run(
             folder=self.config.folder,
             config=self.config,

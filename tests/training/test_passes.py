@@ -1,0 +1,146 @@
+"""Gradients of a step that is made of several passes, on one process or on two, against those of one pass."""
+
+import contextlib
+
+import processes
+import pytest
+import torch
+from stages import DRAWN, split_of, stage_of
+from torch import nn
+
+from oodkern.classifier import Classifier
+from oodkern.processes import ALONE, Processes
+
+# Of every method what its step depends on; small margins of the energies decide what GReg selects.
+METHODS = {
+    "ce": (),
+    "oe": (),
+    "energy": (),
+    "greg": ("loss.chunk=16",),
+    "gregplus": ("loss.chunk=16",),
+    "gregplus, one batch of candidates for two steps": ("loss.sample_every=2",),
+    "separation": (),
+    "separation, projection": ("loss.separation=projection", "loss.rank=3"),
+    "oal": (*DRAWN, "loss.teacher_outputs=online"),
+    "oal, cached": (*DRAWN, "loss.teacher_outputs=cached", "loss.transfer=mlp"),
+    "oal, maximum likelihood": (*DRAWN, "loss.club_mode=mle"),
+    "oal, InfoNCE": (*DRAWN, "loss.contrast=infonce"),
+    "edge": ("loss.gap_start=0",),
+    "edge, by frequency": ("loss.gap_start=0", "loss.tail=frequency"),
+    "edge, before the gap": ("loss.gap_start=1",),
+    "energy, multi-label": ("data.name=digits-multilabel",),
+    "greg, multi-label": ("data.name=digits-multilabel", "loss.chunk=16"),
+}
+FUSED = {"ce", "oe", "energy", "greg", "gregplus", "separation", "edge"}
+# Shares that no number of passes or processes divides.
+ODD = ("optimizer.batch_size=33", "optimizer.outlier_batch_size=65", "optimizer.lr=0.01", "epochs=2")
+
+
+def network(split, kind):
+    """Without BatchNorm, or with it frozen; random numbers of dropout are drawn by some."""
+    torch.manual_seed(3)
+    channels, classes, width = split.train.shape[0], len(split.classes), 6
+    norm = {"group": nn.GroupNorm(2, width), "frozen": nn.BatchNorm2d(width), "dropout": nn.Dropout(0.3)}[kind]
+    layers = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        norm,
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(16 * width, 12),
+        nn.GELU(),
+        nn.Linear(12, classes),
+    )
+    if kind == "frozen":
+        norm.running_mean.uniform_(-0.2, 0.2)
+        norm.running_var.uniform_(0.5, 2)
+    return Classifier(layers, mean=[0.3] * channels, std=[0.4] * channels, head="7").to(torch.get_default_dtype())
+
+
+@contextlib.contextmanager
+def float64():
+    """In which models and losses are made: what is left between two ways of adding is then 1e-12 and not a tolerance
+    that wrong gradients could hide in."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def stage_by(name, *overrides, kind="group", of=ALONE):
+    method = name.partition(",")[0]
+    overrides = (*ODD, *METHODS[name], *overrides)
+    multi = method == "edge" or "data.name=digits-multilabel" in overrides
+    split = split_of("digits-multilabel" if multi else "digits")
+    norm = "batch_norm=frozen" if kind == "frozen" else "batch_norm=batch"
+    return stage_of(method, norm, *overrides, model=network(split, kind), split=split, processes=of)
+
+
+@float64()
+def two_steps(name, *overrides, kind="group", of=ALONE):
+    """Losses and parts of two steps, the second one's gradients, and what the parameters are then."""
+    stage = stage_by(name, *overrides, kind=kind, of=of)
+    parts = [stage.advance() for _ in range(2)]
+    for one in parts:
+        one.pop("seconds")
+    parameters = {f"model.{name}": one for name, one in stage.model.named_parameters()}
+    parameters |= {f"loss.{name}": one for name, one in stage.objective.loss.named_parameters()}
+    gradients = {name: one.grad.detach().clone() for name, one in parameters.items() if one.grad is not None}
+    buffers = {name: one.detach().clone() for name, one in stage.model.named_buffers()}
+    buffers |= {name: one for name, one in stage.objective.loss.state_dict().items() if isinstance(one, torch.Tensor)}
+    return parts, gradients, {name: one.detach().clone() for name, one in parameters.items()}, buffers
+
+
+def assert_equal(found, expected, tolerance=1e-9):
+    """Off by a share of each tensor's norm, or of a hundredth of all of them."""
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
+    for values, others in zip(found[1:], expected[1:], strict=True):
+        assert values.keys() == others.keys()
+        whole = torch.stack([one.double().norm() for one in others.values()]).norm() if others else 0.0
+        for name, other in others.items():
+            off = (values[name].double() - other.double()).norm() / torch.maximum(other.double().norm(), whole / 100)
+            assert off < tolerance, (name, float(off))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulation_is_the_plain_step(name):
+    plain = two_steps(name)
+    assert any(one.abs().max() > 0 for one in plain[1].values())
+    assert_equal(two_steps(name, "accumulate=3"), plain)
+    assert_equal(two_steps(name, "accumulate=2", "split_forward=true", kind="group"), plain)
+    if name in FUSED:
+        assert_equal(two_steps(name, "accumulate=4", "head=fused"), plain)
+
+
+@pytest.mark.parametrize("name", ["energy", "greg", "edge", "oal"])
+def test_accumulation_with_frozen_batch_norm(name):
+    assert_equal(two_steps(name, "accumulate=3", kind="frozen"), two_steps(name, kind="frozen"))
+
+
+def of_process(names, overrides):
+    """On each process, of several methods."""
+    of = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return [two_steps(name, *more, *overrides, of=of) for name, more in names]
+
+
+SCATTERED = [
+    *((name, ()) for name in METHODS),
+    *((name, ("head=fused", "accumulate=2")) for name in sorted(FUSED)),
+    *((name, ("accumulate=2", "split_forward=true")) for name in ("energy", "greg", "edge", "oal")),
+]
+
+
+@pytest.fixture(scope="module")
+def scattered():
+    return processes.run(of_process, 2, SCATTERED, ())
+
+
+@pytest.mark.parametrize("i", range(len(SCATTERED)), ids=[", ".join((name, *more)) for name, more in SCATTERED])
+def test_two_processes_are_one(i, scattered):
+    name, more = SCATTERED[i]
+    expected = two_steps(name, *(one for one in more if one == "head=fused"))
+    first, second = (one[i] for one in scattered)
+    assert_equal(first, expected)
+    assert_equal(second, first, tolerance=1e-12)
