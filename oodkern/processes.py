@@ -154,6 +154,11 @@ class Processes:
 ALONE = Processes()
 
 
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a process's share of a tensor, a DTensor."""
+    return isinstance(value, Tensor) and hasattr(value, "placements")
+
+
 def launched() -> bool:
     """Whether `torchrun`, or what sets its variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

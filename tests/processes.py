@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
-import sys
 import tempfile
 import time
 import traceback
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 240.0  # seconds for a run; then every process that is not done says where it is, and ends
+PATIENCE = 240.0  # seconds for the call; then every process that is not done says where it is, and ends
+START = 120.0  # seconds for a process to begin with it
 MOURNING = 3.0  # seconds that the others have to fail of themselves once one has failed
 
 
@@ -36,19 +36,19 @@ def run(function: Callable[..., Any], count: int, *arguments: Any, patience: flo
         torch.save((function, arguments), folder / "call")
         deadline = time.time() + patience
         processes = [
-            context.Process(target=_process, args=(name, rank, count, deadline), daemon=True) for rank in range(count)
+            context.Process(target=_process, args=(name, rank, count, patience), daemon=True) for rank in range(count)
         ]
         try:
             for process in processes:
                 process.start()
-            _await(processes, deadline + MOURNING)
+            _await(processes, time.time() + START + patience + MOURNING)
         finally:
             for process in processes:
                 if process.pid is not None:
                     process.kill()
                     process.join()
         if any(process.exitcode for process in processes):
-            raise AssertionError(_account(processes, folder, patience))
+            raise AssertionError(_account(processes, folder))
         return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(count)]
 
 
@@ -62,13 +62,13 @@ def _await(processes: list[Any], deadline: float) -> None:
         alive = [process for process in alive if process.exitcode is None]
 
 
-def _account(processes: list[Any], folder: Path, patience: float) -> str:
+def _account(processes: list[Any], folder: Path) -> str:
     """What failed where, in order of time; a process without a word of its own last."""
     told = []
     for rank, process in enumerate(processes):
         if process.exitcode == 0:
             continue
-        for kind, why in (("error", "raised"), ("stack", f"was not done within {patience:g} s, and was here")):
+        for kind, why in (("error", "raised"), ("stack", "was not done in time, and was here")):
             path = folder / f"{kind}{rank}"
             if path.exists() and path.stat().st_size:
                 told.append((path.stat().st_mtime, f"process {rank} {why}:\n{path.read_text()}"))
@@ -78,10 +78,10 @@ def _account(processes: list[Any], folder: Path, patience: float) -> str:
     return "\n\n".join(text for _, text in sorted(told))
 
 
-def _process(name: str, rank: int, count: int, deadline: float) -> None:
+def _process(name: str, rank: int, count: int, patience: float) -> None:
     folder = Path(name)
     stack = (folder / f"stack{rank}").open("w")  # open as long as the process lives
-    faulthandler.dump_traceback_later(max(deadline - time.time(), 0.1), exit=True, file=stack)
+    faulthandler.dump_traceback_later(START, exit=True, file=stack)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     # Otherwise the address of the host's name, which a container may not be able to resolve.
@@ -94,11 +94,11 @@ def _process(name: str, rank: int, count: int, deadline: float) -> None:
         )
         torch.manual_seed(0)
         function, arguments = torch.load(folder / "call", weights_only=False)
+        faulthandler.dump_traceback_later(patience, exit=True, file=stack)
         torch.save(function(*arguments), folder / f"result{rank}")
         dist.barrier()  # no process takes its end of the connections away from another
         dist.destroy_process_group()
     except BaseException:
         (folder / f"error{rank}").write_text(traceback.format_exc())
-        sys.stderr.flush()
         os._exit(1)  # without waiting for a collective that never ends
     faulthandler.cancel_dump_traceback_later()

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from oodkern.losses._checks import own_classes
@@ -41,17 +40,35 @@ def gathered(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return found
 
 
+class Once(torch.autograd.Function):
+    """The gradient in this process's scores S_r, which is that of the merged scores times a slope, and no more.
+
+    The slope depends on the scores of all processes; as a constant it would make second derivatives wrong in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, own: Tensor, slope: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient) if slope is None else gradient * slope
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        raise RuntimeError(
+            "head_weight: a loss of a head that is a DTensor can be differentiated once, and a second derivative was "
+            "asked for"
+        )
+
+
 class Sum(torch.autograd.Function):
     """sum_r S_r of the processes' S_r [N]."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(own)
         return gathered(own, group).sum(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return gradient, None
+        return Once.apply(gradient, *ctx.saved_tensors, None), None
 
 
 class MergedEnergy(torch.autograd.Function):
@@ -65,14 +82,12 @@ class MergedEnergy(torch.autograd.Function):
         least = torch.where(least.isinf(), 0.0, least)
         total = ((least - every) / temperature).exp().sum(0)
         # Not of the merged energy, whose rounding would be in the slope; that of E_r cancels with the softmax's.
-        ctx.save_for_backward(((least - own) / temperature).exp() / total)
+        ctx.save_for_backward(own, ((least - own) / temperature).exp() / total)
         return least - temperature * total.log()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None, None
+        return Once.apply(gradient, *ctx.saved_tensors), None, None
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,13 @@ class Method:
         """What the method's stage trains."""
         return Objective(self.build_loss(decided, setting))
 
+    def sketch(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
+        """An objective whose steps take the memory that those of `objective` take at most, without a look at data.
+
+        Its tensors have the right sizes and any numbers. For `oodkern plan`.
+        """
+        return self.objective(decided, setting)
+
     def describe(self, decided: dict[str, Any]) -> str:
         """What was decided, in one line for a person."""
         return ", ".join(f"{name} {value}" for name, value in decided.items())

@@ -24,6 +24,8 @@ from oodkern.ops._checks import check_choice
 from oodkern.pools import cluster_sample, kmeans
 from oodkern.reference import unit, widen
 
+LARGEST = 1e3  # an energy that no image has
+
 
 @dataclass
 class GRegOptions(EnergyOptions):
@@ -85,6 +87,10 @@ class GReg(Energy):
 
     def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
         return GRegObjective(self.build_loss(decided, setting), self)
+
+    def sketch(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
+        """With margins by which every ID image's gradient is formed, and no outlier's."""
+        return self.objective({**decided, "margin_in": LARGEST, "margin_out": 2 * LARGEST}, setting)
 
 
 class GRegObjective(Objective):
@@ -216,11 +222,15 @@ class GRegPlusObjective(GRegObjective):
 
     @torch.no_grad()
     def choose(self, model: Classifier, outliers: Tensor, step: int) -> Tensor:
+        from torch._subclasses.fake_tensor import is_fake
+
         random, processes = generator_of(self.seed, step, outliers.device), self.processes
         if step % self.every == 0 or self.features is None:
             model.eval()
             parts = [model.features(part) for part in outliers.split(self.count)]  # in the memory of a step
             self.features = processes.gather(widen(torch.cat(parts)))
+            if is_fake(self.features):  # of which there is nothing to choose by
+                return processes.take(outliers, torch.arange(self.count, device=outliers.device), self.candidates)
             self.cluster = kmeans(unit(self.features), self.clusters, random).index
             self.available = torch.ones(len(self.features), dtype=torch.bool, device=outliers.device)
         assert self.available is not None

@@ -18,7 +18,7 @@ from oodkern.methods.base import Method, Setting, generator_of
 from oodkern.methods.objective import Batch, Loss, Objective, Rows
 from oodkern.ops._checks import check_choice
 from oodkern.synthesis import boundary_outliers, read_bank
-from oodkern.synthesis.boundary import check_draws
+from oodkern.synthesis.boundary import _share, check_draws
 
 TRANSFERS, TEACHER_OUTPUTS = ("auto", "mlp", "identity"), ("auto", "online", "cached")
 PER_CLASS = 500  # images whose features outliers are drawn around, as released
@@ -104,21 +104,36 @@ class OAL(Method):
         )
 
     def objective(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
-        options, images = self.options, setting.split.train
-        teacher = self.teacher_of(setting)
-        cached = options.teacher_outputs == "cached"
-        if options.teacher_outputs == "auto":
-            cached = setting.split.augmentation == "none"
+        images, teacher, cached = setting.split.train, self.teacher_of(setting), self.cached(setting)
         looked_at = torch.arange(len(images)) if cached else first_of_each(images.labels, PER_CLASS)
         taught = outputs_of(teacher, images, looked_at)
         kept = first_of_each(images.labels[looked_at], PER_CLASS).to(taught.features.device)
         features, labels = taught.features[kept], images.labels[looked_at].to(kept.device)[kept]
-        banks = [self.synthesised(features, labels, generator_of(setting.seed, BANK))]
-        if options.bank:
-            banks.append(read_bank(Path(options.bank)).to(kept.device))
+        bank = self.synthesised(features, labels, generator_of(setting.seed, BANK))
+        return self.objective_of(setting, teacher, taught if cached else None, bank)
+
+    def sketch(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
+        options, images, teacher = self.options, setting.split.train, self.teacher_of(setting)
+        width, device = teacher.head.in_features, teacher.head.weight.device
+        taught = Output(*(torch.empty(len(images), size, device=device) for size in (len(images.classes), width)))
+        members = torch.bincount(images.labels).clamp_max(PER_CLASS).tolist()
+        edges = sum(_share(options.boundary, count) for count in members if count)
+        bank = torch.empty(options.rounds * options.keep * edges, width, device=device)
+        return self.objective_of(setting, teacher, taught if self.cached(setting) else None, bank)
+
+    def cached(self, setting: Setting) -> bool:
+        """Whether the teacher's outputs are formed once, of the images as they are."""
+        choice = self.options.teacher_outputs
+        return choice == "cached" or (choice == "auto" and setting.split.augmentation == "none")
+
+    def objective_of(self, setting: Setting, teacher: Classifier, taught: Output | None, bank: Tensor) -> OALObjective:
+        banks = [bank]
+        if self.options.bank:
+            banks.append(read_bank(Path(self.options.bank)).to(bank.device))
         sizes = tuple(bank.shape[1] for bank in banks)
-        loss = self.loss_of_sizes(setting.model.head.in_features, len(images.classes), taught.features.shape[1], sizes)
-        return OALObjective(loss, teacher, taught if cached else None, banks, setting.seed)
+        classes = len(setting.split.train.classes)
+        loss = self.loss_of_sizes(setting.model.head.in_features, classes, teacher.head.in_features, sizes)
+        return OALObjective(loss, teacher, taught, banks, setting.seed)
 
     def synthesised(self, features: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         """Outliers in the teacher's feature space: at norm 1 as they are drawn, times their class's mean norm."""

@@ -107,13 +107,17 @@ def _penalty(
     chunk: int | None,
     allow_kinks: bool,
 ) -> Tensor:
+    from torch._subclasses.fake_tensor import is_fake
+
     weight = _check_arguments(score_fn, inputs, weight, second_order, step, chunk)
     work = Work(score_fn, torch.is_grad_enabled(), second_order == "exact", step, allow_kinks)
     total = torch.zeros((), dtype=weight.dtype, device=inputs.device)
     rows = weight.nonzero().squeeze(1)
     if len(rows):
+        parts = rows.split(CHUNK if chunk is None else chunk)
         with torch.enable_grad(), running_statistics(score_fn):
-            for part in rows.split(CHUNK if chunk is None else chunk):
+            # A fake step tells of memory alone, and that of all chunks but the first is the second one's.
+            for part in parts[:2] if is_fake(inputs) else parts:
                 total += work.chunk(inputs.detach()[part].requires_grad_(), weight[part])
     anchor = torch.zeros_like(total, requires_grad=True)  # so that a zero, too, can be sent backward
     return HandOut.apply(total, list(work.gradients.values()), anchor, *work.gradients)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from oodkern.methods.objective import Batch, Objective, Rows
 from oodkern.ops._penalty import RandomState
-from oodkern.processes import ALONE, Processes
+from oodkern.processes import ALONE, Processes, is_sharded
 from oodkern.schema import TrainConfig
 from oodkern.training.memory import still_statistics
-from oodkern.training.replica import Replica, is_sharded
+from oodkern.training.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,14 @@ class Gradients:
         with self.autocast():
             value, parts = self.objective.loss_of(self.replica.model, (*leaves, *given), whole)
         share = 1 / self.processes.count if self.local else 1.0
-        trained = [one for one in self.replica.network.parameters() if one.requires_grad]
+        trained = self.replica.trained()
         found = torch.autograd.grad(self.scaled(value * share), [*leaves, *trained], allow_unused=True)
         slopes = [
             torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, found, strict=False)
         ]
         if self.parallel_head:  # each has that of its own classes
             slopes = [self.gathered.sum(slope) for slope in slopes]
-        own = []
+        own: list[tuple[Tensor, Tensor]] = []
         for one, slope in zip(trained, found[len(leaves) :], strict=True):
             if slope is None:
                 continue

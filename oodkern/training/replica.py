@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from oodkern.classifier import Classifier
 from oodkern.methods.objective import Objective, Rows
 from oodkern.processes import Processes
+from oodkern.schema import TrainConfig
 
 
 class Network(nn.Module):
     """Images to the rows of an objective: its model and, for its parameters, its loss in one module."""
 
-    def __init__(self, model: Classifier, objective: Objective) -> None:
+    def __init__(self, model: Classifier, objective: Objective, with_loss: bool = True) -> None:
         super().__init__()
-        self.model, self.loss = model, objective.loss
+        self.model = model
+        if with_loss:
+            self.loss = objective.loss
         self.objective = objective
 
     def forward(self, images: Tensor) -> Rows:
@@ -37,17 +41,24 @@ class Replica:
 
     def __init__(self, model: Classifier, objective: Objective, processes: Processes, device: torch.device) -> None:
         self.model, self.processes = model, processes
-        self.network: Any = Network(model, objective)
-        self.statistics: list[Tensor] = []
-        if processes.count > 1:
-            from torch.nn.parallel import DistributedDataParallel
+        network = self.network_of(model, objective)
+        self.statistics = moving_buffers(model, objective.loss) if processes.count > 1 else []
+        self.network: Any = self.distribute(network, device) if processes.count > 1 else network
+        self.modules = (model, objective.loss)
 
-            self.statistics = moving_buffers(self.network)
-            ids = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(
-                self.network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-            self.network.register_comm_hook(None, lambda state, bucket: summed(bucket))  # annotations are checked there
+    def network_of(self, model: Classifier, objective: Objective) -> Network:
+        return Network(model, objective)
+
+    def distribute(self, network: Network, device: torch.device) -> nn.Module:
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [device] if device.type == "cuda" else None
+        # The name that it had before 2.13 is deprecated there.
+        known = inspect.signature(DistributedDataParallel).parameters
+        quiet: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        found = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, **quiet)
+        found.register_comm_hook(None, lambda state, bucket: summed(bucket))  # annotations are checked there
+        return found
 
     def __call__(self, images: Tensor) -> Rows:
         return self.network(images)
@@ -56,11 +67,36 @@ class Replica:
     def pass_over(self, last: bool) -> Iterator[None]:
         """Around a forward pass and its backward pass; gradients are summed over the processes in a step's last."""
         quiet = self.processes.count > 1 and not last
-        with self.network.no_sync() if quiet else contextlib.nullcontext():
+        with self.no_sync() if quiet else contextlib.nullcontext():
             yield
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters as a loss finds them now."""
+        return [one for module in self.modules for one in module.parameters() if one.requires_grad]
+
+    def no_sync(self) -> Any:
+        return self.network.no_sync()
+
+    def end_backward(self, parameters: Iterable[Tensor]) -> None:
+        """After a step's last pass."""
 
     def end_step(self) -> None:
         self.processes.mean_(self.statistics)
+
+    def export(self) -> None:
+        """Brings the model that the replica was made of up to date; every process has to call it."""
+
+
+def replica_of(
+    model: Classifier, objective: Objective, config: TrainConfig, processes: Processes, device: torch.device
+) -> Replica:
+    """What a configuration asks for."""
+    kind = Replica
+    if processes.count > 1 and (config.parallel_head or config.parallel == "fully_shard"):
+        from oodkern.training import shards
+
+        kind = shards.ParallelHead if config.parallel_head else shards.FullyShard
+    return kind(model, objective, processes, device)
 
 
 def summed(bucket: Any) -> torch.futures.Future[Tensor]:
@@ -71,27 +107,14 @@ def summed(bucket: Any) -> torch.futures.Future[Tensor]:
     return future.then(lambda done: done.value()[0])
 
 
-def moving_buffers(network: nn.Module) -> list[Tensor]:
+def moving_buffers(model: nn.Module, loss: nn.Module) -> list[Tensor]:
     """Floating buffers that training moves: running statistics, and what a loss keeps."""
     found = [
         buffer
-        for module in network.modules()
+        for module in model.modules()
         if isinstance(module, _BatchNorm)
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]
-    loss: Any = network.loss
-    kept = {id(one) for one in found}
-    return found + [
-        one
-        for one in loss.state_dict(keep_vars=True).values()
-        if isinstance(one, Tensor)
-        and not isinstance(one, nn.Parameter)
-        and one.is_floating_point()
-        and id(one) not in kept
-    ]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a process's share of one."""
-    return hasattr(tensor, "placements")
+    kept = [value for name, value in loss.state_dict(keep_vars=True).items() if name in dict(loss.named_buffers())]
+    return found + [one for one in kept if one.is_floating_point()]

@@ -89,7 +89,7 @@ def what_differs(config: TrainConfig, method: Method, processes: Processes, mode
 def resumed_by_others(before: int, now: int) -> str:
     return (
         f"the run had {before} process(es) and goes on with {now}: images, their order and augmentation, schedule, "
-        "model and optimizer are those that it would have had, bit for bit; from here on sums are taken in another order, so "
-        "that steps are equal to rounding (with BatchNorm on batch statistics: to its statistics over other shares), "
+        "model and optimizer are those that it would have had, bit for bit; from here on sums are taken in another "
+        "order, so that steps are equal to rounding (with BatchNorm on batch statistics: to its statistics over other shares), "
         "and processes that are new draw other random numbers, as of dropout"
     )

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from oodkern.classifier import Classifier
 from oodkern.data import Batches, ImageSet, OODSplit, augmentation, stream
 from oodkern.methods.objective import Objective
-from oodkern.processes import ALONE, Processes
+from oodkern.processes import ALONE, Processes, is_sharded
 from oodkern.schema import ScheduleConfig, TrainConfig
 from oodkern.training.memory import Lean, memory_format
 from oodkern.training.passes import Gradients
-from oodkern.training.replica import Replica
+from oodkern.training.replica import replica_of
+from oodkern.training.shards import shared_out, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 1.0  # a float16 gradient that overflows even at this scale is no matter of scale
@@ -60,6 +61,21 @@ def build_optimizer(
         nesterov=options.momentum > 0,
         **how,
     )
+
+
+def clipped(parameters: list[Tensor], limit: float) -> float:
+    """The norm of the whole gradient, which is brought down to a limit; of shares it is that of all processes."""
+    total = torch.zeros((), dtype=torch.float64)
+    for shares in (False, True):
+        gradients = [one.grad for one in parameters if one.grad is not None and is_sharded(one) == shares]
+        if gradients:
+            norm: Any = torch.nn.utils.get_total_norm(gradients)
+            total = total.hypot((norm.full_tensor() if shares else norm).cpu().double())
+    for shares in (False, True):
+        of = [one for one in parameters if is_sharded(one) == shares]
+        if of and math.isfinite(limit):
+            torch.nn.utils.clip_grads_with_norm_(of, limit, total.to(of[0].device, torch.float32))
+    return float(total)
 
 
 def placed(value: Any, device: torch.device) -> Any:
@@ -114,11 +130,11 @@ class Stage:
             self.outlier_batches = self._batches(split.outliers, size, numbers[1], split.outlier_augmentation)
         self.labels = split.train.labels
         self.format = memory_format(config)
-        self.lean = Lean(model, config)
-        self.replica = Replica(model, objective, processes, device)
+        self.replica = replica_of(model, objective, config, processes, device)
+        self.lean = Lean(self.replica.model, config)
         self.lr = config.optimizer.lr if kind == "method" else config.pretrain.lr
         self.optimizer = build_optimizer(
-            config, [(list(model.parameters()), 1.0), *objective.learning_rates()], self.lr
+            config, [(list(self.replica.model.parameters()), 1.0), *objective.learning_rates()], self.lr
         )
         self.parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
         self.warmup = round(config.schedule.warmup * self.steps_per_epoch)
@@ -167,9 +183,9 @@ class Stage:
 
     def set_training(self) -> None:
         """Training mode, but for what is frozen of it."""
-        self.model.train()
+        self.replica.model.train()
         if self.kind == "method" and self.config.batch_norm == "frozen":
-            for module in self.model.modules():
+            for module in self.replica.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
@@ -185,7 +201,7 @@ class Stage:
         self.objective.begin(self.step / max(self.steps, 1))
         if outliers is not None:
             with self.autocast():
-                outliers = self.objective.choose(self.model, outliers, self.step)
+                outliers = self.objective.choose(self.replica.model, outliers, self.step)
         self.set_training()
         self.optimizer.zero_grad(set_to_none=True)
         self.batch = {
@@ -201,9 +217,9 @@ class Stage:
         parts = self.over_processes(self.gradients(images, outliers, target, indices, counts, self.step))
         if not math.isfinite(parts["loss"]):
             raise NotFinite(f"the loss is {parts['loss']}")
+        self.replica.end_backward(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.optimizer.clip_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = clipped(self.parameters, self.config.optimizer.clip_norm or math.inf)
         # float16 gradients may overflow: the scaler then leaves this step out and lowers its scale.
         if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < SMALLEST_SCALE):
             raise NotFinite(f"the gradient's norm is {norm}")
@@ -239,11 +255,12 @@ class Stage:
         return means | {"images_per_second": self.images_per_step / max(means.pop("seconds"), 1e-9)}
 
     def state_dict(self) -> dict[str, Any]:
+        """Of whole tensors: every process has to ask where each has a share."""
         return {
             "step": self.step,
             "totals": self.totals,
             **self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -252,5 +269,5 @@ class Stage:
         self.step, self.totals = state["step"], dict(state["totals"])
         own = {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
         self.objective.load_state_dict(placed(own, self.device))
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(shared_out(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])

@@ -192,6 +192,7 @@ class Trainer:
 
         Never a look at the test: what is chosen by these numbers, best.ckpt and the threshold, is judged on others.
         """
+        stage.replica.export()
         parts = self.split.validation, self.split.outlier_validation
         known, unknown = (self.scored(stage.model, images, {"": self.method.score}) for images in parts)
         self.threshold = threshold_at_recall(known.scores[""])
@@ -238,6 +239,7 @@ class Trainer:
             files.save_checkpoint(self.config.folder / "best.ckpt", self.inference_state(stage))
 
     def save(self, stage: Stage) -> None:
+        stage.replica.export()
         training, (random, *others) = stage.state_dict(), self.processes.objects(random_state())
         if not self.processes.first:
             return

@@ -38,8 +38,8 @@ LOSSES = {
     "separation": lambda: SeparationLoss(alpha=0.8, beta=0.6, sep_reduction="mean"),
     "separation sum": lambda: SeparationLoss(sep_reduction="sum", outlier_loss=EnergyLoss(temperature=2.0, **HINGES)),
 }
-# Processes -> numbers of classes: 5 + 5, 4 + 3, 1 + 0; 4 + 4 + 2, 2 + 2 + 0, 1 + 1 + 0; 3 + 3 + 3 + 1.
-CLASSES = {2: (10, 7, 1), 3: (10, 4, 2), 4: (10,)}
+# Processes -> numbers of classes: 5 + 5, 4 + 3, 1 + 0; 4 + 4 + 2, 2 + 2 + 0, 1 + 0 + 0.
+CLASSES = {2: (10, 7, 1), 3: (10, 4, 1)}
 
 
 def batch(K, multi_label, dtype):
@@ -70,13 +70,13 @@ def arguments(style, tensors, target):
 def cases(Ks, dtype=torch.float64):
     """Losses, and all ways to call them; every combination at the first number of classes."""
     for K, name in itertools.product(Ks, LOSSES):
-        loss = LOSSES[name]()
+        loss, first = LOSSES[name](), Ks.index(K) == 0
         if name == "edge frequency" and K != 10:
             continue
         styles = ["split", "mixed"] + ["marked"] * loss.multi_label
-        for style, with_bias in itertools.product(styles, (True, False) if K == Ks[0] else (True,)):
+        for style, with_bias in itertools.product(styles, (True, False) if first else (True,)):
             yield name, K, style, "mean", with_bias, dtype
-        if K != Ks[0]:
+        if not first:
             continue
         coupled = isinstance(loss, EDGELoss | GRegLoss)
         for reduction in ("sum", "batchmean", *(() if coupled else ("none",))):
@@ -152,12 +152,12 @@ def of_logits(case, dtype):
     return value.detach(), torch.autograd.grad(value, leaves, like(value.to(score).float()).to(value.dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_sided(dtype):
+def test_two_sided():
     """Against float64 of the rounded inputs; the features' gradient is a sum of parts, each rounded once."""
-    every = [case for case in cases((10,), dtype) if case[2:5] == ("split", "mean", True)]
+    every = [(name, 10, "split", "mean", True, dtype) for name in LOSSES for dtype in (torch.float32, torch.bfloat16)]
     found = processes.run(in_a_process, 2, every)
     for case, (values, gradients), (_, others) in zip(every, *found, strict=True):
+        dtype = case[-1]
         exact, exact_gradients = of_logits(case, torch.float64)
         eager, eager_gradients = of_logits(case, dtype)
         assert values["value"].dtype == torch.float32
@@ -185,7 +185,7 @@ def autocast_is_a_cast():
 def memory():
     """What is large of what a step allocates: the gradient of the own classes' weight, and nothing of [N, K]."""
     mesh = init_device_mesh("cpu", (2,))
-    rows, classes, width = 1024, 20_000, 512
+    rows, classes, width = 512, 20_000, 512
     for kind, multi in itertools.product((ClassificationLoss, EnergyLoss, OutlierExposureLoss), (False, True)):
         loss = kind(multi_label=multi)
         own = [torch.randn(classes // 2, width) / 20, torch.randn(classes // 2)]
@@ -230,20 +230,27 @@ def refusals():
     ):
         with pytest.raises(TypeError, match=words):
             loss.from_features(*given)
-    with pytest.raises(ValueError, match="target: expected classes in 0..9, got 10"):
-        loss.from_features(x, sharded, None, target + 10 - target.max() + 0 * target, N)
+    with pytest.raises(ValueError, match=r"target: expected classes in 0\.\.9, got 10"):
+        loss.from_features(x, sharded, None, target + 1, N)
     with pytest.raises(ValueError, match="separation: expected 'cosine' with a head_weight that is a DTensor"):
         SeparationLoss(separation="projection", rank=3).from_features(x, sharded, None, target, N)
     SeparationLoss(separation="projection", rank=3, beta=0.0).from_features(x, sharded, None, target, N)
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(loss.from_features(x, sharded, sharded_bias, target, N), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(gradient.square().sum(), x)
+    for once, labels in ((loss, target), (ClassificationLoss(multi_label=True), F.one_hot(target, 10))):
+        value = once.from_features(x, sharded, sharded_bias, labels, N)
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"head_weight: .* differentiated once"):
+            torch.autograd.grad(gradient.square().sum(), x)
 
 
-@pytest.mark.parametrize("work", [autocast_is_a_cast, memory, refusals])
-def test_in_two_processes(work):
-    processes.run(work, 2)
+def in_two_processes():
+    autocast_is_a_cast()
+    memory()
+    refusals()
+
+
+def test_autocast_memory_and_refusals():
+    processes.run(in_two_processes, 2)
 
 
 def fails_in_the_second():
@@ -261,8 +268,8 @@ def hangs_in_the_second():
 def test_what_fails_in_a_process_fails_here():
     with pytest.raises(AssertionError, match=r"^process 1 raised:[^$]*fails_in_the_second[^$]*of process 1"):
         processes.run(fails_in_the_second, 2)
-    with pytest.raises(AssertionError, match=r"process 1 was not done within 8 s[^$]*hangs_in_the_second"):
-        processes.run(hangs_in_the_second, 2, patience=8.0)
+    with pytest.raises(AssertionError, match=r"process 1 was not done in time[^$]*hangs_in_the_second"):
+        processes.run(hangs_in_the_second, 2, patience=2.0)
 
 
 def test_plain_heads_do_without_the_distributed_package():

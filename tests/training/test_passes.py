@@ -9,7 +9,9 @@ from stages import DRAWN, split_of, stage_of
 from torch import nn
 
 from oodkern.classifier import Classifier
+from oodkern.models import ImageClassifier
 from oodkern.processes import ALONE, Processes
+from oodkern.training.shards import whole
 
 # Of every method what its step depends on; small margins of the energies decide what GReg selects.
 METHODS = {
@@ -36,25 +38,34 @@ FUSED = {"ce", "oe", "energy", "greg", "gregplus", "separation", "edge"}
 ODD = ("optimizer.batch_size=33", "optimizer.outlier_batch_size=65", "optimizer.lr=0.01", "epochs=2")
 
 
+class Block(nn.Module):
+    def __init__(self, channels, width, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, width, 3, padding=1), norm
+
+    def forward(self, images):
+        return nn.functional.gelu(self.norm(self.conv(images)))
+
+
 def network(split, kind):
-    """Without BatchNorm, or with it frozen; random numbers of dropout are drawn by some."""
+    """Without BatchNorm, or with it, of statistics that are not those of a batch; with random numbers."""
     torch.manual_seed(3)
-    channels, classes, width = split.train.shape[0], len(split.classes), 6
-    norm = {"group": nn.GroupNorm(2, width), "frozen": nn.BatchNorm2d(width), "dropout": nn.Dropout(0.3)}[kind]
-    layers = nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1),
-        norm,
-        nn.GELU(),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(16 * width, 12),
-        nn.GELU(),
-        nn.Linear(12, classes),
-    )
-    if kind == "frozen":
-        norm.running_mean.uniform_(-0.2, 0.2)
-        norm.running_var.uniform_(0.5, 2)
-    return Classifier(layers, mean=[0.3] * channels, std=[0.4] * channels, head="7").to(torch.get_default_dtype())
+    channels, width = split.train.shape[0], 6
+
+    def norm():
+        if kind == "group":
+            return nn.GroupNorm(2, width)
+        if kind == "dropout":
+            return nn.Dropout(0.3)
+        found = nn.BatchNorm2d(width)
+        found.running_mean.uniform_(-0.2, 0.2)
+        found.running_var.uniform_(0.5, 2)
+        return found
+
+    blocks = nn.Sequential(Block(channels, width, norm()), nn.AvgPool2d(2), Block(width, width, norm()))
+    model = ImageClassifier(blocks, width, len(split.classes))
+    classifier = Classifier(model, mean=[0.3] * channels, std=[0.4] * channels)
+    return classifier.to(torch.get_default_dtype())
 
 
 @contextlib.contextmanager
@@ -84,9 +95,12 @@ def two_steps(name, *overrides, kind="group", of=ALONE):
     parts = [stage.advance() for _ in range(2)]
     for one in parts:
         one.pop("seconds")
+    trained = {f"model.{name}": one for name, one in stage.replica.model.named_parameters()}
+    trained |= {f"loss.{name}": one for name, one in stage.objective.loss.named_parameters()}
+    gradients = {name: whole(one.grad).clone() for name, one in trained.items() if one.grad is not None}
+    stage.replica.export()
     parameters = {f"model.{name}": one for name, one in stage.model.named_parameters()}
     parameters |= {f"loss.{name}": one for name, one in stage.objective.loss.named_parameters()}
-    gradients = {name: one.grad.detach().clone() for name, one in parameters.items() if one.grad is not None}
     buffers = {name: one.detach().clone() for name, one in stage.model.named_buffers()}
     buffers |= {name: one for name, one in stage.objective.loss.state_dict().items() if isinstance(one, torch.Tensor)}
     return parts, gradients, {name: one.detach().clone() for name, one in parameters.items()}, buffers
@@ -119,28 +133,38 @@ def test_accumulation_with_frozen_batch_norm(name):
     assert_equal(two_steps(name, "accumulate=3", kind="frozen"), two_steps(name, kind="frozen"))
 
 
-def of_process(names, overrides):
-    """On each process, of several methods."""
+def of_process(cases):
     of = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return [two_steps(name, *more, *overrides, of=of) for name, more in names]
+    return [two_steps(name, *more, of=of) for name, more in cases]
 
 
+# With one class more than three processes can share evenly, and in both styles of parts.
+HEAD = ("head=fused", "parallel_head=true")
+PARALLEL = ("ce", "oe", "energy", "separation", "edge", "energy, multi-label")
+SHARD = ("parallel=fully_shard",)
+SHARDED = [name for name in METHODS if not name.startswith("greg")]
 SCATTERED = [
     *((name, ()) for name in METHODS),
     *((name, ("head=fused", "accumulate=2")) for name in sorted(FUSED)),
     *((name, ("accumulate=2", "split_forward=true")) for name in ("energy", "greg", "edge", "oal")),
+    *((name, HEAD) for name in PARALLEL),
+    *((name, (*HEAD, "accumulate=2", "optimizer.clip_norm=0.01")) for name in ("energy", "edge")),
+    *((name, SHARD) for name in SHARDED),
+    *((name, (*SHARD, "head=fused", "accumulate=2", "optimizer.clip_norm=0.01")) for name in ("energy", "edge")),
+    *((name, (*SHARD, "accumulate=2", "checkpoint_activations=true")) for name in ("energy", "edge", "oal")),
 ]
 
 
 @pytest.fixture(scope="module")
 def scattered():
-    return processes.run(of_process, 2, SCATTERED, ())
+    return processes.run(of_process, 2, SCATTERED)
 
 
 @pytest.mark.parametrize("i", range(len(SCATTERED)), ids=[", ".join((name, *more)) for name, more in SCATTERED])
 def test_two_processes_are_one(i, scattered):
     name, more = SCATTERED[i]
-    expected = two_steps(name, *(one for one in more if one == "head=fused"))
+    kept = [one for one in more if one == "head=fused" or one.startswith("optimizer")]
+    expected = two_steps(name, *kept)
     first, second = (one[i] for one in scattered)
     assert_equal(first, expected)
     assert_equal(second, first, tolerance=1e-12)

@@ -1,0 +1,118 @@
+"""A model of which each process has a share: all of it by FSDP2, or the classes of its head.
+
+What is sharded is a copy; the model itself, which is validated and saved, is brought up to date by `export`, and lies
+in the memory of the CPU meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodkern.classifier import Classifier
+from oodkern.config import ConfigError
+from oodkern.methods.objective import Objective, Rows
+from oodkern.processes import Processes, is_sharded
+from oodkern.training.memory import blocks_of
+from oodkern.training.replica import Network, Replica
+
+
+class Sharded(Replica):
+    def __init__(self, model: Classifier, objective: Objective, processes: Processes, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.mesh = init_device_mesh(device.type, (processes.count,))
+        self.whole, self.device, self.stale = model, device, False
+        super().__init__(copy.deepcopy(model), objective, processes, device)
+
+    def __call__(self, images: Tensor) -> Rows:
+        if not self.stale:
+            self.whole.to("cpu")
+            self.stale = True
+        return super().__call__(images)
+
+    def export(self) -> None:
+        if self.stale:
+            self.whole.load_state_dict(whole(self.model.state_dict()))
+            self.whole.to(self.device)
+            self.stale = False
+
+
+class ParallelHead(Sharded):
+    """Each process has a share of the head's classes, and by DistributedDataParallel all of the rest."""
+
+    def distribute(self, network: Network, device: torch.device) -> nn.Module:
+        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.nn.parallel import DistributedDataParallel
+
+        if not self.model.by_protocol:
+            raise ConfigError(
+                "parallel_head: expected a model with forward_features and forward_head, as timm's, whose head is not "
+                f"called for its features; {type(self.model.model).__name__} has none"
+            )
+        head = self.model.head
+        for name, parameter in list(head.named_parameters()):
+            share = distribute_tensor(parameter.detach(), self.mesh, [Shard(0)])
+            setattr(head, name, nn.Parameter(share))
+        own = [name for name, parameter in network.named_parameters() if is_sharded(parameter)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, own)
+        return super().distribute(network, device)
+
+
+class FullyShard(Sharded):
+    """Each process has a share of every parameter, gathered block by block when it is needed.
+
+    Gradients are summed and parted anew after every pass, so that no process ever holds all of them.
+    """
+
+    def network_of(self, model: Classifier, objective: Objective) -> Network:
+        return Network(model, objective, with_loss=False)  # a few small layers at most, which every process has
+
+    def distribute(self, network: Network, device: torch.device) -> nn.Module:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        for block in blocks_of(self.model.model):
+            if self.model.head not in block.modules():
+                fully_shard(block, mesh=self.mesh)
+        fully_shard(network, mesh=self.mesh)
+        for module in network.modules():
+            if isinstance(module, FSDPModule):  # sums, not means, by what every backend has
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return network
+
+    def no_sync(self) -> Any:
+        return contextlib.nullcontext()
+
+    def end_backward(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients of what is not sharded."""
+        for one in parameters:
+            if one.grad is not None and not is_sharded(one):
+                one.grad = self.processes.sum(one.grad)
+
+
+def whole(value: Any) -> Any:
+    """Nested state with every share as the tensor that it is of; each process has to ask."""
+    if isinstance(value, dict):
+        return {name: whole(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [whole(one) for one in value]
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def shared_out(state: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """An optimizer's state of whole tensors as that of the parameters' shares."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for i, parameter in enumerate(parameters):
+        own = state["state"].get(i, {})
+        for name, value in own.items():
+            if is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
+                kind: Any = parameter
+                own[name] = distribute_tensor(value.to(kind.device), kind.device_mesh, kind.placements)
+    return state
