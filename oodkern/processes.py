@@ -159,6 +159,15 @@ def is_sharded(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "placements")
 
 
+def whole(value: Any) -> Any:
+    """The tensors that shares are of, in nested state; every process has to ask."""
+    if isinstance(value, dict):
+        return {name: whole(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [whole(one) for one in value]
+    return value.full_tensor() if is_sharded(value) else value
+
+
 def launched() -> bool:
     """Whether `torchrun`, or what sets its variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

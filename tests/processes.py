@@ -34,14 +34,13 @@ def run(function: Callable[..., Any], count: int, *arguments: Any, patience: flo
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save((function, arguments), folder / "call")
-        deadline = time.time() + patience
         processes = [
             context.Process(target=_process, args=(name, rank, count, patience), daemon=True) for rank in range(count)
         ]
         try:
             for process in processes:
                 process.start()
-            _await(processes, time.time() + START + patience + MOURNING)
+            _await(processes, time.monotonic() + START + patience + MOURNING)
         finally:
             for process in processes:
                 if process.pid is not None:
@@ -55,10 +54,10 @@ def run(function: Callable[..., Any], count: int, *arguments: Any, patience: flo
 def _await(processes: list[Any], deadline: float) -> None:
     """Until all have ended, or one has failed and the others had time to say what they make of it."""
     alive = list(processes)
-    while alive and (left := deadline - time.time()) > 0:
+    while alive and (left := deadline - time.monotonic()) > 0:
         wait([process.sentinel for process in alive], left)
         if any(process.exitcode for process in alive):
-            deadline = min(deadline, time.time() + MOURNING)
+            deadline = min(deadline, time.monotonic() + MOURNING)
         alive = [process for process in alive if process.exitcode is None]
 
 
@@ -80,7 +79,7 @@ def _account(processes: list[Any], folder: Path) -> str:
 
 def _process(name: str, rank: int, count: int, patience: float) -> None:
     folder = Path(name)
-    stack = (folder / f"stack{rank}").open("w")  # open as long as the process lives
+    stack = (folder / f"stack{rank}").open("w")  # open as long as the process may be asked where it is
     faulthandler.dump_traceback_later(START, exit=True, file=stack)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -102,3 +101,4 @@ def _process(name: str, rank: int, count: int, patience: float) -> None:
         (folder / f"error{rank}").write_text(traceback.format_exc())
         os._exit(1)  # without waiting for a collective that never ends
     faulthandler.cancel_dump_traceback_later()
+    stack.close()

@@ -99,9 +99,12 @@ class Share:
     group: dist.ProcessGroup
 
     def rows(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The row in the shard of each target [N], and whether it is there; row 0 where it is not."""
+        """The row in the shard of each target [N], and whether it is there; row 0 where it is not.
+
+        A target that is no process's stays out of range, for the check of what takes the row.
+        """
         target = target.long()
-        mine = (target >= self.classes.start) & (target < self.classes.stop)
+        mine = (target >= self.classes.start) & ((target < self.classes.stop) | (target >= self.total))
         return torch.where(mine, target - self.classes.start, 0), mine
 
 

@@ -22,6 +22,7 @@ from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import gradient_penalty, linear_energy, linear_joint_energy
 from oodkern.ops._checks import check_choice
 from oodkern.pools import cluster_sample, kmeans
+from oodkern.processes import whole
 from oodkern.reference import unit, widen
 
 LARGEST = 1e3  # an energy that no image has
@@ -108,7 +109,8 @@ class GRegObjective(Objective):
             score = self.energies(model, rows[0])
         weight = self.loss.penalty_weight(score, is_ood, batch.counts)
         # In units of the network's own inputs, as released: normalised pixels.
-        penalty = self.penalty(Energies(model.model, self.method), model.normalize(batch.images), weight)
+        with self.inner_gradient():
+            penalty = self.penalty(Energies(model.model, self.method), model.normalize(batch.images), weight)
         if self.fused:
             value, parts = self.loss_of_features(model, rows[0], batch, penalty=penalty)
         else:
@@ -155,14 +157,10 @@ class Energies(nn.Module):
 
 def energies_of(method: GReg, features: Tensor, head: nn.Linear) -> Tensor:
     """Of features, without their logits."""
+    weight, bias = (None if one is None else whole(one).to(features.dtype) for one in (head.weight, head.bias))
     if method.multi_label:
-        return -linear_joint_energy(features, head.weight.to(features.dtype), bias_like(head, features))
-    temperature = method.options.temperature
-    return linear_energy(features, head.weight.to(features.dtype), bias_like(head, features), temperature)
-
-
-def bias_like(head: nn.Linear, features: Tensor) -> Tensor | None:
-    return None if head.bias is None else head.bias.to(features.dtype)
+        return -linear_joint_energy(features, weight, bias)
+    return linear_energy(features, weight, bias, method.options.temperature)
 
 
 class GRegPlus(GReg):
@@ -227,7 +225,7 @@ class GRegPlusObjective(GRegObjective):
         random, processes = generator_of(self.seed, step, outliers.device), self.processes
         if step % self.every == 0 or self.features is None:
             model.eval()
-            parts = [model.features(part) for part in outliers.split(self.count)]  # in the memory of a step
+            parts = [self.features_of(model, part) for part in outliers.split(self.count)]  # in the memory of a step
             self.features = processes.gather(widen(torch.cat(parts)))
             if is_fake(self.features):  # of which there is nothing to choose by
                 return processes.take(outliers, torch.arange(self.count, device=outliers.device), self.candidates)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,8 @@ class Objective:
         self.loss: Any = loss
         self.fused = False  # whether the loss is formed of features and head: set by the trainer, of head=fused
         self.processes = ALONE  # that share each batch: set by the trainer
+        # Around gradients that `loss_of` forms itself: set by the trainer, of where the parameters are.
+        self.inner_gradient: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def begin(self, progress: float) -> None:
         """Before a step, `progress` in [0, 1) of the stage: what of the loss is on."""
@@ -57,6 +60,10 @@ class Objective:
     def choose(self, model: Any, outliers: Tensor, step: int) -> Tensor:
         """This process's outliers of a step, of its share of those read last. Leaves the model in any mode."""
         return outliers
+
+    def features_of(self, model: Any, images: Tensor) -> Tensor:
+        """Features of images outside of a step's passes; set by the trainer where a call of the model will not do."""
+        return model.features(images)
 
     def rows(self, model: Any, images: Tensor) -> Rows:
         """Of each image what the loss is formed of: its logits, or with a fused head its features."""

@@ -26,10 +26,14 @@ class Work:
         self, score_fn: Callable[[Tensor], Tensor], differentiate: bool, exact: bool, step: float, allow_kinks: bool
     ) -> None:
         self.score_fn, self.differentiate, self.step = score_fn, differentiate, step
-        self.chunk = self.exact if exact else self.finite_difference
+        self.differentiates_twice = exact
         self.may_warn = not allow_kinks
         self.allow_kinks = allow_kinks
         self.gradients: dict[Tensor, Tensor] = {}
+
+    def chunk(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Not a method kept as an attribute: the gradients would be in a cycle, and stay until that is collected."""
+        return self.exact(x, weight) if self.differentiates_twice else self.finite_difference(x, weight)
 
     def score(self, x: Tensor) -> tuple[Tensor, list[Any]]:
         """The scores of some rows, and the nodes of their graph."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -17,17 +16,25 @@ from oodkern.config import ConfigError
 from oodkern.schema import TrainConfig
 
 
-@contextlib.contextmanager
-def still_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, batch normalisation moves running statistics that are thrown away: of a pass that is made again."""
-    kept = [(one, dict(one._buffers)) for one in module.modules() if isinstance(one, _BatchNorm)]
-    for one, buffers in kept:
-        # Other tensors in their place: what a graph has saved of them is not written to.
-        one._buffers.update({name: value if value is None else value.clone() for name, value in buffers.items()})
-    try:
-        yield
-    finally:
-        for one, buffers in kept:
+class StillStatistics:
+    """While entered, batch normalisation moves running statistics that are thrown away: of a pass that is made again.
+
+    May be entered again, also while it is: a block is made again for every derivative that is taken of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [one for one in module.modules() if isinstance(one, _BatchNorm)]
+        self.kept: list[list[dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self.kept.append([dict(one._buffers) for one in self.norms])
+        for one in self.norms:
+            # Other tensors in their place: what a graph has saved of them is not written to.
+            copies = {name: value if value is None else value.clone() for name, value in one._buffers.items()}
+            one._buffers.update(copies)
+
+    def __exit__(self, *exception: object) -> None:
+        for one, buffers in zip(self.norms, self.kept.pop(), strict=True):
             one._buffers.update(buffers)
 
 
@@ -48,7 +55,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 def with_still_statistics(block: nn.Module) -> tuple[Any, Any]:
     """Contexts of a block's forward pass, and of the one that is made again for the backward pass."""
-    return contextlib.nullcontext(), still_statistics(block)
+    return contextlib.nullcontext(), StillStatistics(block)
 
 
 class Lean:

@@ -33,10 +33,14 @@ class Meter(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self._known: dict[int, tuple[int, str]] = {}  # bytes and kind of live storages, by their address
 
-    def hold(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+    def begin(self) -> None:
+        """The peak is that of what comes from now on."""
+        self.peak, self.at_peak = self.live, dict(self.by_kind)
+
+    def hold(self, tensors: Iterable[Any], kind: str) -> None:
         """Counts tensors as of a kind from now on."""
         for tensor in tensors:
-            if tensor is not None:
+            if isinstance(tensor, Tensor):
                 self.see(tensor, kind)
 
     def hold_gradients(self, parameters: Iterable[nn.Parameter], kind: str) -> None:

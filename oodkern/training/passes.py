@@ -12,7 +12,7 @@ from oodkern.methods.objective import Batch, Objective, Rows
 from oodkern.ops._penalty import RandomState
 from oodkern.processes import ALONE, Processes, is_sharded
 from oodkern.schema import TrainConfig
-from oodkern.training.memory import still_statistics
+from oodkern.training.memory import StillStatistics
 from oodkern.training.replica import Replica
 
 
@@ -134,7 +134,7 @@ class Gradients:
             with self.replica.pass_over(last=last):
                 if again:
                     random[i].restore()
-                    with still_statistics(self.replica.network), self.autocast():
+                    with StillStatistics(self.replica.network), self.autocast():
                         rows[i] = self.replica(one.images)
                 send_backward(rows[i], by_pass[i], own_slopes if last else [])
                 rows[i] = ()

@@ -25,10 +25,10 @@ class Network(nn.Module):
         self.model = model
         if with_loss:
             self.loss = objective.loss
-        self.objective = objective
+        self.objective: Any = objective
 
-    def forward(self, images: Tensor) -> Rows:
-        return self.objective.rows(self.model, images)
+    def forward(self, images: Tensor, features: bool = False) -> Any:
+        return self.model.features(images) if features else self.objective.rows(self.model, images)
 
 
 class Replica:
@@ -76,6 +76,10 @@ class Replica:
 
     def no_sync(self) -> Any:
         return self.network.no_sync()
+
+    def inner_gradient(self) -> contextlib.AbstractContextManager[None]:
+        """Around gradients that are formed between the forward pass and the backward pass, as of a gradient's norm."""
+        return contextlib.nullcontext()
 
     def end_backward(self, parameters: Iterable[Tensor]) -> None:
         """After a step's last pass."""

@@ -89,7 +89,7 @@ def what_differs(config: TrainConfig, method: Method, processes: Processes, mode
 def resumed_by_others(before: int, now: int) -> str:
     return (
         f"the run had {before} process(es) and goes on with {now}: images, their order and augmentation, schedule, "
-        "model and optimizer are those that it would have had, bit for bit; from here on sums are taken in another "
-        "order, so that steps are equal to rounding (with BatchNorm on batch statistics: to its statistics over other shares), "
-        "and processes that are new draw other random numbers, as of dropout"
+        "model and optimizer are bit for bit those that it would have had; from here on sums are taken in another "
+        "order, so steps are equal to rounding (BatchNorm on batch statistics takes those of other shares), and new "
+        "processes draw random numbers of their own, as for dropout"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError
 from oodkern.methods.objective import Objective, Rows
-from oodkern.processes import Processes, is_sharded
+from oodkern.processes import Processes, is_sharded, whole
 from oodkern.training.memory import blocks_of
 from oodkern.training.replica import Network, Replica
 
@@ -80,6 +80,8 @@ class FullyShard(Sharded):
             if self.model.head not in block.modules():
                 fully_shard(block, mesh=self.mesh)
         fully_shard(network, mesh=self.mesh)
+        # Parameters are gathered by calls of this module.
+        network.objective.features_of = lambda model, images: network(images, features=True)
         for module in network.modules():
             if isinstance(module, FSDPModule):  # sums, not means, by what every backend has
                 module.set_gradient_divide_factor(1.0)
@@ -89,20 +91,26 @@ class FullyShard(Sharded):
     def no_sync(self) -> Any:
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def inner_gradient(self) -> Iterator[None]:
+        """Parameters stay whole, and gradients where they are formed: else the second differentiation finds parameters
+        that were given back, or the step's own backward pass no gradient at all (measured)."""
+        self.keep_whole(True)
+        try:
+            yield
+        finally:
+            self.keep_whole(False)
+
+    def keep_whole(self, keep: bool) -> None:
+        self.network.set_is_last_backward(not keep)
+        self.network.set_requires_gradient_sync(not keep)
+        self.network.set_reshard_after_backward(not keep)
+
     def end_backward(self, parameters: Iterable[Tensor]) -> None:
         """Gradients of what is not sharded."""
         for one in parameters:
             if one.grad is not None and not is_sharded(one):
                 one.grad = self.processes.sum(one.grad)
-
-
-def whole(value: Any) -> Any:
-    """Nested state with every share as the tensor that it is of; each process has to ask."""
-    if isinstance(value, dict):
-        return {name: whole(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [whole(one) for one in value]
-    return value.full_tensor() if is_sharded(value) else value
 
 
 def shared_out(state: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:

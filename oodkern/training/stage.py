@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from oodkern.classifier import Classifier
 from oodkern.data import Batches, ImageSet, OODSplit, augmentation, stream
 from oodkern.methods.objective import Objective
-from oodkern.processes import ALONE, Processes, is_sharded
+from oodkern.processes import ALONE, Processes, is_sharded, whole
 from oodkern.schema import ScheduleConfig, TrainConfig
 from oodkern.training.memory import Lean, memory_format
 from oodkern.training.passes import Gradients
 from oodkern.training.replica import replica_of
-from oodkern.training.shards import shared_out, whole
+from oodkern.training.shards import shared_out
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_SCALE = 1.0  # a float16 gradient that overflows even at this scale is no matter of scale
@@ -131,6 +131,7 @@ class Stage:
         self.labels = split.train.labels
         self.format = memory_format(config)
         self.replica = replica_of(model, objective, config, processes, device)
+        objective.inner_gradient = self.replica.inner_gradient
         self.lean = Lean(self.replica.model, config)
         self.lr = config.optimizer.lr if kind == "method" else config.pretrain.lr
         self.optimizer = build_optimizer(

@@ -21,6 +21,7 @@ from oodkern.losses import (
     OutlierExposureLoss,
     SeparationLoss,
 )
+from oodkern.losses.parallel import Share
 
 N, M, D = 9, 7, 5
 HINGES = {"alpha": 0.7, "margin_in": -6.0, "margin_out": -3.0}
@@ -251,6 +252,14 @@ def in_two_processes():
 
 def test_autocast_memory_and_refusals():
     processes.run(in_two_processes, 2)
+
+
+def test_rows_of_a_shard():
+    rows, mine = Share(slice(200, 500), 900, None).rows(torch.tensor([199, 200, 499, 500, 900, -1]))
+    assert rows.tolist() == [0, 0, 299, 0, 700, 0]  # 700 is out of range, as 900 is
+    assert mine.tolist() == [False, True, True, False, True, False]
+    rows, mine = Share(slice(200, 500), 900, None).rows(torch.tensor([3, 255], dtype=torch.uint8))
+    assert (rows.tolist(), mine.tolist()) == ([0, 55], [False, True])
 
 
 def fails_in_the_second():

@@ -1,0 +1,360 @@
+"""The memory of a training step, foretold without making it, and the largest batch that fits.
+
+The step is run by the trainer's own code, on fake tensors: they have shapes, dtypes and a device, and no numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from oodkern.classifier import Classifier
+from oodkern.config import ConfigError, TrainConfig, check_values, schema_of
+from oodkern.data import OODSplit, build_split
+from oodkern.methods import METHODS, Objective, Setting
+from oodkern.training.fused import check_fused_head
+from oodkern.training.memory import blocks_of, memory_format
+from oodkern.training.meter import WORK, FakeCopies, Meter, WorstCase
+from oodkern.training.stage import Stage
+from oodkern.training.start import build_classifier, find_device, setting_of
+
+CONFIGURED = "as configured"
+WAYS: dict[str, dict[str, Any]] = {
+    CONFIGURED: {},
+    "split_forward": {"split_forward": True},
+    "accumulate=2": {"accumulate": 2},
+    "accumulate=4": {"accumulate": 4},
+    "checkpoint_activations": {"checkpoint_activations": True},
+    "head=fused": {"head": "fused"},
+}
+# What a step holds: `kept` are the starting model, a teacher and banks of outliers, which are not trained.
+KINDS = ("parameters", "kept", "gradients", "optimizer", WORK)
+UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+CUDA_BLOCK = 512  # bytes
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that a step holds at once, and what they are, of KINDS."""
+
+    bytes: int
+    kinds: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The largest batch that fits: ID images and outliers a step, and the predicted peak in bytes."""
+
+    batch_size: int
+    outlier_batch_size: int
+    bytes: int
+    all_images: bool  # whether it is as many as there are to train with, beyond which none was tried
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method's step made in one way: its peak, or why there is none; the largest batch, where one was asked for."""
+
+    peak: Peak | None
+    reason: str = ""
+    proposal: Proposal | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step on random images, on a CUDA device."""
+
+    bytes: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found: `cells[method][way]` with the ways of WAYS."""
+
+    config: TrainConfig
+    device: str
+    memory: int | None
+    cells: Mapping[str, Mapping[str, Cell]]
+    measured: Measured | None
+
+    @property
+    def configured(self) -> Cell:
+        return self.cells[self.config.method][CONFIGURED]
+
+    def as_dict(self) -> dict[str, Any]:
+        options = self.config.optimizer
+        return {
+            "method": self.config.method,
+            "device": self.device,
+            "batch_size": options.batch_size,
+            "outlier_batch_size": options.outlier_batch_size,
+            "memory": self.memory,
+            "methods": {
+                name: {way: asdict(cell) for way, cell in by_way.items()} for name, by_way in self.cells.items()
+            },
+            "measured": None if self.measured is None else asdict(self.measured),
+        }
+
+
+def plan(
+    config: TrainConfig, methods: Sequence[str] = (), memory: int | None = None, split: OODSplit | None = None
+) -> Plan:
+    """The peak memory of a training step of the configured method and of others, for each of WAYS.
+
+    Counted are parameters, buffers and gradients, the optimizer's state, the starting model (which a run keeps) and a
+    teacher, images, activations and whatever else passes from op to op. Where a step depends on numbers it is the
+    worst one: all of GReg's samples are selected, EDGE's gap and separation's terms are on. Not seen are what kernels
+    allocate inside (convolutions' and cuBLAS's workspaces), the memory of a CUDA context, fragments, and the k-means of
+    `gregplus`; the step is of one process, and not compiled.
+
+    Args:
+        config: its optimizer, batch sizes and ways count for all methods.
+        methods: more of METHODS, with their default options; "all": those that suit the data.
+        memory: bytes, for which the largest batches are looked for; with a CUDA device None means all of its memory.
+        split: the data, where it is built already; of its images only a few are read.
+
+    Raises ConfigError for a configuration that cannot be trained, and where not one image a step fits.
+    """
+    device = find_device(config.device)
+    if split is None:
+        try:
+            split = build_split(config.data)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    if memory is None and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    model = build_classifier(config, split).to(memory_format=memory_format(config))
+    found = {}
+    for name in chosen_methods(config, methods, split.multi_label):
+        steps = Steps(of_method(config, name), split, model, device)
+        found[name] = {way: steps.cell(changes, memory) for way, changes in WAYS.items()}
+    own = found[config.method][CONFIGURED]
+    if own.peak is None:
+        raise ConfigError(own.reason)
+    if memory is not None and not any(cell.proposal for by_way in found.values() for cell in by_way.values()):
+        raise ConfigError(f"--memory: expected room for one image a step at least, which {memory:,} bytes are not")
+    measured = measure(of_method(config, config.method), split, model, device) if device.type == "cuda" else None
+    return Plan(config, str(device), memory, found, measured)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a number and a unit, as 80GiB. Raises ConfigError."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", text.strip())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ConfigError(f"--memory: expected a positive number with {', '.join(UNITS)}, as 80GiB, got {text!r}")
+    return size
+
+
+def chosen_methods(config: TrainConfig, methods: Sequence[str], multi_label: bool) -> list[str]:
+    """The configured one first."""
+    suited = [name for name, method in METHODS.items() if method.score_names[multi_label] is not None]
+    names = [one for name in methods for one in (suited if name == "all" else [name])]
+    return list(dict.fromkeys([config.method, *names]))
+
+
+def of_method(config: TrainConfig, name: str) -> TrainConfig:
+    """A configuration for another method, with its default options. Raises ConfigError where it does not go with it."""
+    if name == config.method:
+        return replace(config, compile="none")
+    own: dict[str, Any] = {one.name: getattr(config, one.name) for one in fields(config) if one.name != "loss"}
+    found = schema_of(name)(**own | {"method": name, "compile": "none"})
+    try:
+        METHODS[name](found.loss, config.multi_label)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return found
+
+
+class Steps:
+    """Steps of one method from one starting model, however large and however they are made."""
+
+    def __init__(self, config: TrainConfig, split: OODSplit, model: Classifier, device: torch.device) -> None:
+        self.config, self.split, self.model, self.device = config, split, model, device
+        self.method = METHODS[config.method](config.loss, split.multi_label)
+        self.setting = setting_of(config, split, copy.deepcopy(model), CPU)
+        # A teacher is read once, however many objectives are made.
+        self.setting = replace(self.setting, load_classifier=functools.cache(self.setting.load_classifier))
+
+    def cell(self, changes: Mapping[str, Any], memory: int | None) -> Cell:
+        config = replace(self.config, **changes)
+        if reason := self.refused(config, changes):
+            return Cell(None, reason)
+        peak = self.peak(config)
+        return Cell(peak, proposal=None if memory is None else self.largest(config, memory, peak.bytes))
+
+    def refused(self, config: TrainConfig, changes: Mapping[str, Any]) -> str:
+        """Why a step cannot be made in this way; nothing where it can."""
+        if "split_forward" in changes and not self.method.uses_outliers:
+            return f"split_forward: {config.method} has no outliers"
+        if config.checkpoint_activations and not blocks_of(self.model.model):
+            return "checkpoint_activations: the model has no blocks"
+        try:
+            check_values(config)
+            if config.head == "fused":
+                few = self.split.train.images(torch.arange(min(16, len(self.split.train))))
+                check_fused_head(self.model, [self.method.build_loss({})], few)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def peak(self, config: TrainConfig) -> Peak:
+        """Of a step on fake tensors."""
+        options = config.optimizer
+        setting = replace(self.setting, batch_size=options.batch_size, outlier_batch_size=options.outlier_batch_size)
+        try:
+            objective = self.method.sketch({}, setting)
+        except (ValueError, ImportError) as error:  # of what options name, such as a file of latents
+            raise ConfigError(str(error)) from None
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with FakeCopies(mode, self.device):
+            model, kept, objective = copy.deepcopy((self.model, setting.model, objective))
+        meter = Meter(self.device.type, CUDA_BLOCK if self.device.type == "cuda" else 1)
+        with mode, WorstCase(), meter:
+            stage = Stage("method", config, self.split, model, objective, self.method.uses_outliers, self.device)
+            return metered(stage, kept, meter, Images(stage, torch.empty))
+
+    def largest(self, config: TrainConfig, memory: int, known: int) -> Proposal | None:
+        """By secants, since the peak is nearly affine in the batch; what is proposed fits, and one more does not."""
+        options = config.optimizer
+        ratio = options.outlier_batch_size / options.batch_size
+
+        def sized(batch: int) -> TrainConfig:
+            outliers = max(round(batch * ratio), 1)
+            return replace(config, optimizer=replace(options, batch_size=batch, outlier_batch_size=outliers))
+
+        @functools.cache
+        def size(batch: int) -> float:
+            """Infinite where there is no such step."""
+            if batch == options.batch_size:
+                return known
+            try:
+                check_values(sized(batch))
+            except ConfigError:
+                return float("inf")
+            return self.peak(sized(batch)).bytes
+
+        images = len(self.split.train)
+        least = next((batch for batch in range(1, images + 1) if size(batch) < float("inf")), 0)
+        batch = largest_fitting(size, memory, least, max(images, options.batch_size), options.batch_size)
+        if batch == 0:
+            return None
+        outliers = sized(batch).optimizer.outlier_batch_size if self.method.uses_outliers else 0
+        return Proposal(batch, outliers, int(size(batch)), batch >= images)
+
+
+def largest_fitting(size: Callable[[int], float], limit: float, least: int, most: int, start: int) -> int:
+    """The largest number from `least` to `most` of a size up to `limit`, sizes growing nearly in line; 0 if none is."""
+    if least == 0 or size(least) > limit:
+        return 0
+    fits, too_large = least, most + 1
+    if least < start <= most:
+        fits, too_large = (start, too_large) if size(start) <= limit else (fits, start)
+    other = least if fits != least else min(2 * least, most)
+    tries = 0
+    while too_large - fits > 1:
+        slope = (size(fits) - size(other)) / (fits - other) if fits != other else 0.0
+        guess = fits + int((limit - size(fits)) / slope) if 0 < slope < float("inf") else most
+        if tries > 6:  # a size with a kink
+            guess = (fits + too_large) // 2
+        guess = min(max(guess, fits + 1), too_large - 1)
+        tries += 1
+        if size(guess) <= limit:
+            fits, other = guess, fits
+        else:
+            too_large = guess
+            other = guess if size(guess) < float("inf") else other
+    return fits
+
+
+class Images:
+    """A batch for a step of a stage: images, targets and outliers as they are read. `make(size, dtype=, device=)`."""
+
+    def __init__(self, stage: Stage, make: Callable[..., Tensor]) -> None:
+        source = stage.id_batches.source
+        count, shape, device = stage.id_batches.batch_size, source.shape, stage.device
+        self.known = make((count, *shape), device=device).contiguous(memory_format=stage.format)
+        labels = source.labels
+        self.target = torch.zeros((count, *labels.shape[1:]), dtype=labels.dtype, device=device)
+        self.indices = torch.arange(count) % len(source)
+        self.outliers: Tensor | None = None
+        if stage.outlier_batches is not None:
+            read = stage.outlier_batches.batch_size
+            self.outliers = make((read, *shape), device=device).contiguous(memory_format=stage.format)
+
+
+def metered(stage: Stage, kept: nn.Module, meter: Meter, images: Images) -> Peak:
+    """The peak of a step that is not the first, hence with the optimizer's state. To be called inside of the meter."""
+    loss: Any = stage.objective.loss
+    meter.hold([*kept.parameters(), *kept.buffers(), *tensors_of(stage.objective)], "kept")
+    meter.hold([*stage.parameters, *stage.model.buffers(), *loss.buffers()], "parameters")
+    meter.hold_gradients(stage.parameters, "gradients")
+    for one in stage.parameters:
+        one.grad = torch.zeros_like(one)
+    stage.optimizer.step()
+    meter.hold(tree_leaves(list(stage.optimizer.state.values())), "optimizer")
+    stage.optimizer.zero_grad(set_to_none=True)
+    meter.begin()
+    step(stage, images)
+    return Peak(meter.peak, {kind: meter.at_peak.get(kind, 0) for kind in KINDS})
+
+
+def tensors_of(objective: Objective) -> list[Tensor]:
+    """Those that an objective brings along."""
+    found: list[Tensor] = []
+    for one in tree_leaves(list(vars(objective).values())):
+        if isinstance(one, nn.Module):
+            found += [*one.parameters(), *one.buffers()]
+        elif isinstance(one, Tensor):
+            found.append(one)
+    return found
+
+
+def step(stage: Stage, images: Images) -> None:
+    """`Stage.advance`, but for what looks at numbers, with all of the method's terms on."""
+    stage.objective.begin(max(stage.steps - 1, 0) / max(stage.steps, 1))
+    outliers = images.outliers
+    if outliers is not None:
+        with stage.autocast():
+            outliers = stage.objective.choose(stage.model, outliers, stage.step)
+    stage.set_training()
+    stage.optimizer.zero_grad(set_to_none=True)
+    counts = len(images.target), stage.outliers_per_step
+    stage.gradients(images.known, outliers, images.target, images.indices, counts, stage.step)
+    stage.optimizer.step()
+
+
+def measure(config: TrainConfig, split: OODSplit, model: Classifier, device: torch.device) -> Measured | None:
+    """A real step on a CUDA device, after two that warm up; None where its memory does not do."""
+    before = torch.cuda.memory_allocated(device)
+    method = METHODS[config.method](config.loss, split.multi_label)
+    try:
+        student, kept = (copy.deepcopy(model).to(device) for _ in range(2))
+        setting: Setting = setting_of(config, split, kept, device)
+        objective = method.sketch({}, setting)
+        objective.loss.to(device)
+        stage = Stage("method", config, split, student, objective, method.uses_outliers, device)
+        images = Images(stage, torch.rand)
+        milliseconds = 0.0
+        for _ in range(3):
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            started = time.perf_counter()
+            step(stage, images)
+            torch.cuda.synchronize(device)
+            milliseconds = (time.perf_counter() - started) * 1e3
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return Measured(torch.cuda.max_memory_allocated(device) - before, milliseconds)
