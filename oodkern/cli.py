@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 EXIT_OK, EXIT_LOST, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-EXIT_CODES = """\
-exit codes: 0 done, or stopped by a scheduler and resumable; 1 another process of the job was lost; 2 wrong usage,
-configuration or data; 3 the loss became NaN or infinite; 130 interrupted"""
+EXIT_CODES = (
+    "exit codes: 0 done, 2 wrong usage, configuration or data, 3 the loss became NaN or infinite, 130 interrupted"
+)
 
 TRAIN_HELP = """\
 Pretrains a classifier on the in-distribution images, fine-tunes it with auxiliary outliers, and prints both
@@ -37,8 +37,10 @@ axes), cifar10, cifar100 (Python or binary version), folder (DIR/CLASS/*, or DIR
 The run folder (runs/METHOD-seedN) gets report.html, config.yaml, metrics.jsonl, scores.npz, environment.json,
 last.ckpt (to resume from) and best.ckpt (the best epoch on held-out training images).
 
-SIGTERM and SIGUSR1, a scheduler's warning, end a run after the step under way: last.ckpt is written, "resumable" said,
-and the exit code is 0. A run can go on with another number of processes, and says what is then not bit for bit.
+SIGTERM and SIGUSR1, a scheduler's warnings, end a run after the step under way: last.ckpt is written, "resumable" is
+printed, and the exit code is 0. With `--resume auto` the same command goes on where there is something to go on with.
+A run may go on with another number of processes, and says what is then not bit for bit. Where one of several
+processes is lost the others end with exit code 1.
 
 {EXIT_CODES}
 """
@@ -78,6 +80,20 @@ examples:
   oodkern compare --methods oe,energy --splits 5            five random splits, one seed
   oodkern compare --methods energy --seeds 0,1,2            the fixed split, three seeds
   oodkern compare --methods energy --splits 15 --json > result.json
+
+{EXIT_CODES}
+"""
+PLAN_HELP = """\
+Foretells the peak memory of a training step, as configured and made in other ways, without making it: the trainer's own
+code runs on tensors that have sizes and no numbers. With a CUDA device one step is also made, on random images, and
+measured. With --memory it looks for the largest batch that fits, the outliers in the configured ratio.
+"""
+PLAN_EXAMPLES = f"""\
+examples:
+  oodkern plan                                the embedded example with energy fine-tuning
+  oodkern plan config.yaml --memory 80GiB     the largest batch for a GPU that is not there yet
+  oodkern plan --methods oe,greg model.name=resnet18 optimizer.batch_size=512 optimizer.outlier_batch_size=1024
+  oodkern plan --methods all precision=bf16 --memory 8GiB --json
 
 {EXIT_CODES}
 """
@@ -152,6 +168,13 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--splits", type=int, metavar="N", help="random splits 0..N-1 (default: the fixed one)")
     compare.add_argument("--json", action="store_true", help="every run and the summary, for programs")
     compare.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="for every run")
+    plan = verb("plan", "memory of a training step, and the largest batch that fits", PLAN_HELP, PLAN_EXAMPLES)
+    plan.add_argument(
+        "--methods", type=names, default=[], metavar="A,B", help="beside the configured one; all: what suits the data"
+    )
+    plan.add_argument("--memory", metavar="80GiB", help="to fill (default: that of the CUDA device, if there is one)")
+    plan.add_argument("--json", action="store_true", help="for programs, in bytes")
+    plan.add_argument("words", nargs="*", metavar="config.yaml | key=value", help="as of train")
     select = verb(
         "select-outliers",
         "which of several sets to take as outliers",

@@ -91,9 +91,7 @@ class TrainConfig:
     channels_last: bool = option(False, "memory format of images and convolutions")
     compile: str = option("none", "backbone: by torch.compile; none")
     batch_norm: str = option(
-        "batch",
-        "in fine-tuning: batch, by each batch's statistics; frozen, by the starting model's; sync, by those "
-        "of all processes' batches (on GPUs)",
+        "batch", "by each batch's statistics; frozen: in fine-tuning the starting model's; sync: of all processes"
     )
     head: str = option("full", "full: losses of logits; fused: of features and head, for which no logits are stored")
     parallel: str = option("ddp", "of several processes: ddp, each has the model; fully_shard, a share of it (FSDP2)")

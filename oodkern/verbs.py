@@ -18,6 +18,7 @@ from oodkern.data.images import image_files
 from oodkern.data.options import check_names
 from oodkern.data.sources import with_more_ood
 from oodkern.outlier_sets import LARGEST_SEED, rank_outlier_sets
+from oodkern.plan_verb import plan_text
 from oodkern.processes import launched, leave, own_rank_is_first
 from oodkern.report.comparison import write_comparison
 from oodkern.report.spectra import outlier_set_figure, ranking_record, ranking_table
@@ -29,6 +30,8 @@ from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
 from oodkern.training.files import write_text
 from oodkern.training.interrupt import Stopped
+from oodkern.training.plan import parse_memory
+from oodkern.training.plan import plan as plan_steps
 
 OK, WRONG = 0, 2
 SCORE_BATCH = 256
@@ -65,6 +68,15 @@ def train(options: argparse.Namespace, command: list[str]) -> int:
     print()
     print(tables.run_table(run))
     print(f"\n{run.seconds:.1f} s; the report is {run.folder / 'report.html'}")
+    return OK
+
+
+def plan(options: argparse.Namespace, command: list[str]) -> int:
+    if launched():
+        raise ConfigError("plan: foretells a step of one process; expected no torchrun")
+    memory = None if options.memory is None else parse_memory(options.memory)
+    found = plan_steps(load_config(*file_and_overrides(options.words)), options.methods, memory)
+    print(json.dumps({**found.as_dict(), "command": shlex.join(command)}, indent=1) if options.json else plan_text(found))
     return OK
 
 

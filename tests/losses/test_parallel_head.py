@@ -121,6 +121,7 @@ def in_a_process(every):
     return [result(case, mesh) for case in every]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", CLASSES)
 def test_value_parts_and_gradients(count):
     every = list(cases(CLASSES[count]))

@@ -1,0 +1,89 @@
+"""What `oodkern plan` prints."""
+
+from __future__ import annotations
+
+import torch
+
+from oodkern.tables import aligned
+from oodkern.training.meter import WORK
+from oodkern.training.plan import CONFIGURED, WAYS, Cell, Plan
+
+NAMES = {
+    "parameters": "parameters and buffers",
+    "kept": "starting model and what else is not trained",
+    "gradients": "gradients",
+    "optimizer": "state of the optimizer",
+    WORK: "images, activations and work",
+}
+UNSEEN = (
+    "Of one process, not compiled, with all terms on. What kernels allocate for themselves (workspaces of convolutions\n"
+    "and products), a CUDA context and fragments are not seen: leave room for them."
+)
+
+
+def size_of(count: float) -> str:
+    """Bytes in MiB, from 1 GiB on in GiB."""
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+
+
+def plan_text(found: Plan) -> str:
+    options = found.config.optimizer
+    configured = found.configured.peak
+    assert configured is not None
+    parts = [
+        f"Peak memory of a training step, predicted for {found.device}: {found.config.model.name}, "
+        f"{found.config.precision}, {options.batch_size:,} ID images and, where a method takes any, "
+        f"{options.outlier_batch_size:,} outliers",
+        table(found, lambda cell: "-" if cell.peak is None else size_of(cell.peak.bytes)),
+        f"At its peak {found.config.method}, as configured, holds",
+        "\n".join(f"  {size_of(configured.kinds[kind]):>12}  {name}" for kind, name in NAMES.items()),
+        measured_line(found),
+    ]
+    if found.memory is not None:
+        parts += [
+            f"Largest optimizer.batch_size in {size_of(found.memory)}, with {options.outlier_batch_size:,} outliers to "
+            f"{options.batch_size:,} ID images, and its peak{reached(found)}",
+            table(found, proposed),
+        ]
+    if missing := reasons(found):
+        parts.append("\n".join(f"- {reason}" for reason in missing))
+    return "\n\n".join([*parts, UNSEEN])
+
+
+def table(found: Plan, shown: object) -> str:
+    assert callable(shown)
+    rows = [(name, *(shown(by_way[way]) for way in WAYS)) for name, by_way in found.cells.items()]
+    return aligned(("method", *WAYS), rows, words=(0,))
+
+
+def proposed(cell: Cell) -> str:
+    if cell.peak is None:
+        return "-"
+    if cell.proposal is None:
+        return "none fits"
+    return f"{cell.proposal.batch_size:,}{'*' * cell.proposal.all_images} ({size_of(cell.proposal.bytes)})"
+
+
+def reached(found: Plan) -> str:
+    proposals = [cell.proposal for by_way in found.cells.values() for cell in by_way.values()]
+    return " (*: all training images)" if any(one and one.all_images for one in proposals) else ""
+
+
+def reasons(found: Plan) -> list[str]:
+    """Why some ways are not there, each once."""
+    cells = [cell for by_way in found.cells.values() for cell in by_way.values()]
+    return list(dict.fromkeys(cell.reason for cell in cells if cell.reason))
+
+
+def measured_line(found: Plan) -> str:
+    if not found.device.startswith("cuda"):
+        return "Nothing was measured: that takes a CUDA device."
+    name = torch.cuda.get_device_name(found.device)
+    if found.measured is None:
+        return f"Measured on {name}: {CONFIGURED} a step does not fit."
+    one, predicted = found.measured, found.configured.peak
+    assert predicted is not None
+    return (
+        f"Measured on {name}: {size_of(one.bytes)} {CONFIGURED}, {one.bytes / predicted.bytes:.2f} times the "
+        f"prediction, and {one.milliseconds:,.1f} ms a step, on random images."
+    )
