@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from oodkern.tables import aligned
@@ -16,8 +18,8 @@ NAMES = {
     WORK: "images, activations and work",
 }
 UNSEEN = (
-    "Of one process, not compiled, with all terms on. What kernels allocate for themselves (workspaces of convolutions\n"
-    "and products), a CUDA context and fragments are not seen: leave room for them."
+    "Of one process, not compiled, with all terms on. What kernels allocate for themselves (workspaces of\n"
+    "convolutions and products), a CUDA context and fragments are not seen: leave room for them."
 )
 
 
@@ -32,11 +34,11 @@ def plan_text(found: Plan) -> str:
     assert configured is not None
     parts = [
         f"Peak memory of a training step, predicted for {found.device}: {found.config.model.name}, "
-        f"{found.config.precision}, {options.batch_size:,} ID images and, where a method takes any, "
+        f"{found.config.precision}, {options.batch_size:,} ID images\nand, where a method takes any, "
         f"{options.outlier_batch_size:,} outliers",
         table(found, lambda cell: "-" if cell.peak is None else size_of(cell.peak.bytes)),
-        f"At its peak {found.config.method}, as configured, holds",
-        "\n".join(f"  {size_of(configured.kinds[kind]):>12}  {name}" for kind, name in NAMES.items()),
+        f"At its peak {found.config.method}, as configured, holds\n"
+        + "\n".join(f"{size_of(configured.kinds[kind]):>12}  {name}" for kind, name in NAMES.items()),
         measured_line(found),
     ]
     if found.memory is not None:
@@ -50,8 +52,7 @@ def plan_text(found: Plan) -> str:
     return "\n\n".join([*parts, UNSEEN])
 
 
-def table(found: Plan, shown: object) -> str:
-    assert callable(shown)
+def table(found: Plan, shown: Callable[[Cell], str]) -> str:
     rows = [(name, *(shown(by_way[way]) for way in WAYS)) for name, by_way in found.cells.items()]
     return aligned(("method", *WAYS), rows, words=(0,))
 

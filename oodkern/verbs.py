@@ -76,7 +76,9 @@ def plan(options: argparse.Namespace, command: list[str]) -> int:
         raise ConfigError("plan: foretells a step of one process; expected no torchrun")
     memory = None if options.memory is None else parse_memory(options.memory)
     found = plan_steps(load_config(*file_and_overrides(options.words)), options.methods, memory)
-    print(json.dumps({**found.as_dict(), "command": shlex.join(command)}, indent=1) if options.json else plan_text(found))
+    print(
+        json.dumps({**found.as_dict(), "command": shlex.join(command)}, indent=1) if options.json else plan_text(found)
+    )
     return OK
 
 

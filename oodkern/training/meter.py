@@ -91,13 +91,15 @@ class WorstCase(TorchDispatchMode):
     """Inside, over a FakeTensorMode, code that looks at numbers goes on as if these selected all there is.
 
     `nonzero` finds everything, and a number that is read is 1 (or true): a label that exists, a condition that holds, a
-    factor that changes nothing.
+    factor that changes nothing. Fused optimizers, of which SGD is not known for fake tensors, make nothing.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func.namespace == "aten" and func.__name__.startswith(("_fused_sgd_.", "_fused_adamw_.")):
+            return None
         if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         return func(*args, **(kwargs or {}))

@@ -14,17 +14,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig, check_values, schema_of
 from oodkern.data import OODSplit, build_split
-from oodkern.methods import METHODS, Objective, Setting
+from oodkern.methods import METHODS
 from oodkern.training.fused import check_fused_head
 from oodkern.training.memory import blocks_of, memory_format
-from oodkern.training.meter import WORK, FakeCopies, Meter, WorstCase
+from oodkern.training.meter import FakeCopies, Meter, WorstCase
+from oodkern.training.metered import Images, Peak, metered, step
 from oodkern.training.stage import Stage
 from oodkern.training.start import build_classifier, find_device, setting_of
 
@@ -37,19 +36,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpoint_activations": {"checkpoint_activations": True},
     "head=fused": {"head": "fused"},
 }
-# What a step holds: `kept` are the starting model, a teacher and banks of outliers, which are not trained.
-KINDS = ("parameters", "kept", "gradients", "optimizer", WORK)
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 CUDA_BLOCK = 512  # bytes
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The most bytes that a step holds at once, and what they are, of KINDS."""
-
-    bytes: int
-    kinds: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -135,7 +124,8 @@ def plan(
             raise ConfigError(str(error)) from None
     if memory is None and device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-    model = build_classifier(config, split).to(memory_format=memory_format(config))
+    built: Any = build_classifier(config, split)
+    model: Classifier = built.to(memory_format=memory_format(config))
     found = {}
     for name in chosen_methods(config, methods, split.multi_label):
         steps = Steps(of_method(config, name), split, model, device)
@@ -187,6 +177,10 @@ class Steps:
         self.setting = setting_of(config, split, copy.deepcopy(model), CPU)
         # A teacher is read once, however many objectives are made.
         self.setting = replace(self.setting, load_classifier=functools.cache(self.setting.load_classifier))
+        try:
+            self.method.check(self.setting)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(str(error)) from None
 
     def cell(self, changes: Mapping[str, Any], memory: int | None) -> Cell:
         config = replace(self.config, **changes)
@@ -214,17 +208,18 @@ class Steps:
         """Of a step on fake tensors."""
         options = config.optimizer
         setting = replace(self.setting, batch_size=options.batch_size, outlier_batch_size=options.outlier_batch_size)
-        try:
-            objective = self.method.sketch({}, setting)
-        except (ValueError, ImportError) as error:  # of what options name, such as a file of latents
-            raise ConfigError(str(error)) from None
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        objective = self.method.sketch({}, setting)
+        # An op without a rule for fake tensors would be run on real ones.
+        mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         with FakeCopies(mode, self.device):
             model, kept, objective = copy.deepcopy((self.model, setting.model, objective))
         meter = Meter(self.device.type, CUDA_BLOCK if self.device.type == "cuda" else 1)
-        with mode, WorstCase(), meter:
-            stage = Stage("method", config, self.split, model, objective, self.method.uses_outliers, self.device)
-            return metered(stage, kept, meter, Images(stage, torch.empty))
+        try:
+            with mode, WorstCase(), meter:
+                stage = Stage("method", config, self.split, model, objective, self.method.uses_outliers, self.device)
+                return metered(stage, kept, meter, Images(stage, torch.empty))
+        except UnsupportedOperatorException as error:
+            raise ConfigError(f"plan: {error.func} of the model has no rule for tensors without numbers") from None
 
     def largest(self, config: TrainConfig, memory: int, known: int) -> Proposal | None:
         """By secants, since the peak is nearly affine in the batch; what is proposed fits, and one more does not."""
@@ -279,70 +274,13 @@ def largest_fitting(size: Callable[[int], float], limit: float, least: int, most
     return fits
 
 
-class Images:
-    """A batch for a step of a stage: images, targets and outliers as they are read. `make(size, dtype=, device=)`."""
-
-    def __init__(self, stage: Stage, make: Callable[..., Tensor]) -> None:
-        source = stage.id_batches.source
-        count, shape, device = stage.id_batches.batch_size, source.shape, stage.device
-        self.known = make((count, *shape), device=device).contiguous(memory_format=stage.format)
-        labels = source.labels
-        self.target = torch.zeros((count, *labels.shape[1:]), dtype=labels.dtype, device=device)
-        self.indices = torch.arange(count) % len(source)
-        self.outliers: Tensor | None = None
-        if stage.outlier_batches is not None:
-            read = stage.outlier_batches.batch_size
-            self.outliers = make((read, *shape), device=device).contiguous(memory_format=stage.format)
-
-
-def metered(stage: Stage, kept: nn.Module, meter: Meter, images: Images) -> Peak:
-    """The peak of a step that is not the first, hence with the optimizer's state. To be called inside of the meter."""
-    loss: Any = stage.objective.loss
-    meter.hold([*kept.parameters(), *kept.buffers(), *tensors_of(stage.objective)], "kept")
-    meter.hold([*stage.parameters, *stage.model.buffers(), *loss.buffers()], "parameters")
-    meter.hold_gradients(stage.parameters, "gradients")
-    for one in stage.parameters:
-        one.grad = torch.zeros_like(one)
-    stage.optimizer.step()
-    meter.hold(tree_leaves(list(stage.optimizer.state.values())), "optimizer")
-    stage.optimizer.zero_grad(set_to_none=True)
-    meter.begin()
-    step(stage, images)
-    return Peak(meter.peak, {kind: meter.at_peak.get(kind, 0) for kind in KINDS})
-
-
-def tensors_of(objective: Objective) -> list[Tensor]:
-    """Those that an objective brings along."""
-    found: list[Tensor] = []
-    for one in tree_leaves(list(vars(objective).values())):
-        if isinstance(one, nn.Module):
-            found += [*one.parameters(), *one.buffers()]
-        elif isinstance(one, Tensor):
-            found.append(one)
-    return found
-
-
-def step(stage: Stage, images: Images) -> None:
-    """`Stage.advance`, but for what looks at numbers, with all of the method's terms on."""
-    stage.objective.begin(max(stage.steps - 1, 0) / max(stage.steps, 1))
-    outliers = images.outliers
-    if outliers is not None:
-        with stage.autocast():
-            outliers = stage.objective.choose(stage.model, outliers, stage.step)
-    stage.set_training()
-    stage.optimizer.zero_grad(set_to_none=True)
-    counts = len(images.target), stage.outliers_per_step
-    stage.gradients(images.known, outliers, images.target, images.indices, counts, stage.step)
-    stage.optimizer.step()
-
-
 def measure(config: TrainConfig, split: OODSplit, model: Classifier, device: torch.device) -> Measured | None:
     """A real step on a CUDA device, after two that warm up; None where its memory does not do."""
     before = torch.cuda.memory_allocated(device)
     method = METHODS[config.method](config.loss, split.multi_label)
     try:
         student, kept = (copy.deepcopy(model).to(device) for _ in range(2))
-        setting: Setting = setting_of(config, split, kept, device)
+        setting = setting_of(config, split, kept, device)
         objective = method.sketch({}, setting)
         objective.loss.to(device)
         stage = Stage("method", config, split, student, objective, method.uses_outliers, device)

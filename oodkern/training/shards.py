@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,10 @@ class Sharded(Replica):
 
         self.mesh = init_device_mesh(device.type, (processes.count,))
         self.whole, self.device, self.stale = model, device, False
+        # What DistributedDataParallel does for what it is given.
+        for module in (model, objective.loss):
+            for tensor in itertools.chain(module.parameters(), module.buffers()):
+                tensor.data.copy_(processes.of_first(tensor.detach()))
         super().__init__(copy.deepcopy(model), objective, processes, device)
 
     def __call__(self, images: Tensor) -> Rows:
