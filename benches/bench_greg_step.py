@@ -105,12 +105,14 @@ def test_greg_step(detected, batch_norm, benchmark, record, rounds):
     if detected == "all":  # no method would be given such margins: those of ID images are the lower ones
         stage.objective.loss.margin_in, stage.objective.loss.margin_out = 1e3, -1e3
     eager = Recipe(stage, split)
-    error = {"oodkern": difference(stage, eager), "eager": 0.0} if batch_norm == "frozen" else {}
+    error, of = {}, ""
+    if batch_norm == "frozen":
+        error, of = {"oodkern": difference(stage, eager), "eager": 0.0}, " (error: ours from eager's)"
     contenders = {"oodkern": stage.advance, "eager": eager.advance}
     record(
         Row(
             room="step",
-            case=f"GReg+, {detected} detected correctly, BatchNorm {batch_norm} (error: ours from eager's): ResNet-18",
+            case=f"GReg+, {detected} detected correctly, BatchNorm {batch_norm}{of}: ResNet-18",
             shape=(192, 3, 32, 32),
             dtype="float32",
             milliseconds=interleaved_medians(contenders, min(rounds, 5)),

@@ -29,8 +29,8 @@ from oodkern.training.certify import as_json, certify
 from oodkern.training.comparison import compare as run_comparison
 from oodkern.training.evaluation import name_of
 from oodkern.training.files import write_text
+from oodkern.training.fitting import parse_memory
 from oodkern.training.interrupt import Stopped
-from oodkern.training.plan import parse_memory
 from oodkern.training.plan import plan as plan_steps
 
 OK, WRONG = 0, 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import signal
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +81,9 @@ class Batches(Dataset):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole group of processes; the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and a scheduler's signals, may reach the whole group of processes; the main one decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stream(
@@ -104,7 +107,12 @@ def stream(
 
 def relayed(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """A worker's error comes with the worker's traceback as its message; its last line is what the error said."""
+    batches: Any = iter(loader)
+    # At the end of the program, if not before, workers are asked to end: they do not hear the signal that would follow.
+    end = weakref.finalize(loader, batches._shutdown_workers)
     try:
-        yield from loader
+        yield from batches
     except DataError as error:
         raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+    finally:
+        end()

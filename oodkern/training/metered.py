@@ -27,15 +27,14 @@ class Peak:
 
 
 class Images:
-    """A batch for a step of a stage: images, targets and outliers as they are read. `make(size, dtype=, device=)`."""
+    """A batch for a step of a stage: images, made by `make(size, device=)`, targets, and outliers as they are read."""
 
-    def __init__(self, stage: Stage, make: Callable[..., Tensor]) -> None:
-        source = stage.id_batches.source
-        count, shape, device = stage.id_batches.batch_size, source.shape, stage.device
+    def __init__(self, stage: Stage, shape: tuple[int, int, int], make: Callable[..., Tensor]) -> None:
+        count, device = stage.id_batches.batch_size, stage.device
         self.known = make((count, *shape), device=device).contiguous(memory_format=stage.format)
-        labels = source.labels
+        labels = stage.labels
         self.target = torch.zeros((count, *labels.shape[1:]), dtype=labels.dtype, device=device)
-        self.indices = torch.arange(count) % len(source)
+        self.indices = torch.arange(count) % len(labels)
         self.outliers: Tensor | None = None
         if stage.outlier_batches is not None:
             read = stage.outlier_batches.batch_size

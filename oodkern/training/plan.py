@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig, check_values, schema_of
 from oodkern.data import OODSplit, build_split
 from oodkern.methods import METHODS
+from oodkern.training.fitting import largest_fitting
 from oodkern.training.fused import check_fused_head
 from oodkern.training.memory import blocks_of, memory_format
 from oodkern.training.meter import FakeCopies, Meter, WorstCase
@@ -36,7 +36,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpoint_activations": {"checkpoint_activations": True},
     "head=fused": {"head": "fused"},
 }
-UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 CUDA_BLOCK = 512  # bytes
 CPU = torch.device("cpu")
 
@@ -130,22 +129,12 @@ def plan(
     for name in chosen_methods(config, methods, split.multi_label):
         steps = Steps(of_method(config, name), split, model, device)
         found[name] = {way: steps.cell(changes, memory) for way, changes in WAYS.items()}
-    own = found[config.method][CONFIGURED]
-    if own.peak is None:
-        raise ConfigError(own.reason)
+        if name == config.method and (reason := found[name][CONFIGURED].reason):
+            raise ConfigError(reason)
     if memory is not None and not any(cell.proposal for by_way in found.values() for cell in by_way.values()):
         raise ConfigError(f"--memory: expected room for one image a step at least, which {memory:,} bytes are not")
     measured = measure(of_method(config, config.method), split, model, device) if device.type == "cuda" else None
     return Plan(config, str(device), memory, found, measured)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a number and a unit, as 80GiB. Raises ConfigError."""
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", text.strip())
-    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise ConfigError(f"--memory: expected a positive number with {', '.join(UNITS)}, as 80GiB, got {text!r}")
-    return size
 
 
 def chosen_methods(config: TrainConfig, methods: Sequence[str], multi_label: bool) -> list[str]:
@@ -173,6 +162,7 @@ class Steps:
 
     def __init__(self, config: TrainConfig, split: OODSplit, model: Classifier, device: torch.device) -> None:
         self.config, self.split, self.model, self.device = config, split, model, device
+        self.shape = split.train.shape
         self.method = METHODS[config.method](config.loss, split.multi_label)
         self.setting = setting_of(config, split, copy.deepcopy(model), CPU)
         # A teacher is read once, however many objectives are made.
@@ -186,14 +176,18 @@ class Steps:
         config = replace(self.config, **changes)
         if reason := self.refused(config, changes):
             return Cell(None, reason)
-        peak = self.peak(config)
+        try:
+            peak = self.peak(config)
+        except ConfigError as error:
+            return Cell(None, str(error))
         return Cell(peak, proposal=None if memory is None else self.largest(config, memory, peak.bytes))
 
     def refused(self, config: TrainConfig, changes: Mapping[str, Any]) -> str:
         """Why a step cannot be made in this way; nothing where it can."""
         if "split_forward" in changes and not self.method.uses_outliers:
             return f"split_forward: {config.method} has no outliers"
-        if config.checkpoint_activations and not blocks_of(self.model.model):
+        blocks = [one for one in blocks_of(self.model.model) if self.model.head not in one.modules()]
+        if config.checkpoint_activations and not blocks:
             return "checkpoint_activations: the model has no blocks"
         try:
             check_values(config)
@@ -205,7 +199,7 @@ class Steps:
         return ""
 
     def peak(self, config: TrainConfig) -> Peak:
-        """Of a step on fake tensors."""
+        """Of a step on fake tensors. Raises ConfigError where it cannot be made."""
         options = config.optimizer
         setting = replace(self.setting, batch_size=options.batch_size, outlier_batch_size=options.outlier_batch_size)
         objective = self.method.sketch({}, setting)
@@ -217,9 +211,11 @@ class Steps:
         try:
             with mode, WorstCase(), meter:
                 stage = Stage("method", config, self.split, model, objective, self.method.uses_outliers, self.device)
-                return metered(stage, kept, meter, Images(stage, torch.empty))
+                return metered(stage, kept, meter, Images(stage, self.shape, torch.empty))
         except UnsupportedOperatorException as error:
             raise ConfigError(f"plan: {error.func} of the model has no rule for tensors without numbers") from None
+        except ValueError as error:  # BatchNorm's, of one number a channel
+            raise ConfigError(f"optimizer.batch_size: {options.batch_size} does not make a step: {error}") from None
 
     def largest(self, config: TrainConfig, memory: int, known: int) -> Proposal | None:
         """By secants, since the peak is nearly affine in the batch; what is proposed fits, and one more does not."""
@@ -237,9 +233,9 @@ class Steps:
                 return known
             try:
                 check_values(sized(batch))
+                return self.peak(sized(batch)).bytes
             except ConfigError:
                 return float("inf")
-            return self.peak(sized(batch)).bytes
 
         images = len(self.split.train)
         least = next((batch for batch in range(1, images + 1) if size(batch) < float("inf")), 0)
@@ -248,30 +244,6 @@ class Steps:
             return None
         outliers = sized(batch).optimizer.outlier_batch_size if self.method.uses_outliers else 0
         return Proposal(batch, outliers, int(size(batch)), batch >= images)
-
-
-def largest_fitting(size: Callable[[int], float], limit: float, least: int, most: int, start: int) -> int:
-    """The largest number from `least` to `most` of a size up to `limit`, sizes growing nearly in line; 0 if none is."""
-    if least == 0 or size(least) > limit:
-        return 0
-    fits, too_large = least, most + 1
-    if least < start <= most:
-        fits, too_large = (start, too_large) if size(start) <= limit else (fits, start)
-    other = least if fits != least else min(2 * least, most)
-    tries = 0
-    while too_large - fits > 1:
-        slope = (size(fits) - size(other)) / (fits - other) if fits != other else 0.0
-        guess = fits + int((limit - size(fits)) / slope) if 0 < slope < float("inf") else most
-        if tries > 6:  # a size with a kink
-            guess = (fits + too_large) // 2
-        guess = min(max(guess, fits + 1), too_large - 1)
-        tries += 1
-        if size(guess) <= limit:
-            fits, other = guess, fits
-        else:
-            too_large = guess
-            other = guess if size(guess) < float("inf") else other
-    return fits
 
 
 def measure(config: TrainConfig, split: OODSplit, model: Classifier, device: torch.device) -> Measured | None:
@@ -284,7 +256,7 @@ def measure(config: TrainConfig, split: OODSplit, model: Classifier, device: tor
         objective = method.sketch({}, setting)
         objective.loss.to(device)
         stage = Stage("method", config, split, student, objective, method.uses_outliers, device)
-        images = Images(stage, torch.rand)
+        images = Images(stage, split.train.shape, torch.rand)
         milliseconds = 0.0
         for _ in range(3):
             torch.cuda.synchronize(device)

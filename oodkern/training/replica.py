@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from oodkern.classifier import Classifier
+from oodkern.config import ConfigError
 from oodkern.methods.objective import Objective, Rows
 from oodkern.processes import Processes
 from oodkern.schema import TrainConfig
@@ -83,6 +84,14 @@ class Replica:
 
     def end_backward(self, parameters: Iterable[Tensor]) -> None:
         """After a step's last pass."""
+        if self.processes.count == 1:
+            return
+        for name, one in self.network.module.named_parameters():
+            if one.requires_grad and one.grad is None:  # then the others' gradients may not have been summed
+                raise ConfigError(
+                    f"model: with several processes every parameter that requires a gradient has to have a part in the "
+                    f"loss, and {name} has none; freeze it, or leave it out of the model"
+                )
 
     def end_step(self) -> None:
         self.processes.mean_(self.statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping
@@ -156,7 +157,7 @@ class Trainer:
             leave=False,
             dynamic_ncols=True,
         )
-        with bar, Interrupt() as interrupt:
+        with bar, contextlib.closing(stage), Interrupt() as interrupt:
             while stage.step < stage.steps:
                 try:
                     parts = stage.advance()
@@ -171,7 +172,6 @@ class Trainer:
                     self.save(stage)
                 if asked:
                     stop(asked)
-        stage.close()
 
     def end_epoch(self, stage: Stage) -> None:
         found, means = self.validate(stage), stage.means()

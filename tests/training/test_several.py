@@ -214,11 +214,14 @@ def test_two_processes_resume_bit_for_bit(name, resumed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_warned_process_is_resumable(tmp_path, number):
-    command = [sys.executable, "-m", "oodkern", "train", *OPTIONS, "epochs=1000", f"output={tmp_path}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """With all that it has started, processes that make batches among them, as schedulers do."""
+    options = (*OPTIONS, "epochs=1000", "data.workers=1", f"output={tmp_path}")
+    command = [sys.executable, "-m", "oodkern", "train", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     folder = tmp_path / "energy-seed0"
     wait_for(process, folder / "last.ckpt", "energy", 3)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, error = output_of(process)
     assert f"oodkern train: stopped by {number.name}, resumable: `oodkern train" in error
     assert "Traceback" not in error
