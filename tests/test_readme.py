@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 
-from oodkern.cli import main
+from oodkern.cli import main, parse
+from oodkern.config import load_config
+from oodkern.verbs import file_and_overrides
 from oodkern.methods import METHODS
 from oodkern.training.comparison import Comparison
 
@@ -54,12 +56,18 @@ def test_python_blocks_run(readme, tmp_path, monkeypatch):
 
 
 def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
-    """Every `oodkern train ...` line resolves to a configuration."""
+    """Every `oodkern train ...`, plan and torchrun line resolves to a configuration."""
     (tmp_path / "config.yaml").write_text("method: oe\n")
     monkeypatch.chdir(tmp_path)
     lines = [line.split("#")[0].split() for block in blocks(readme, "sh") for line in block.splitlines()]
     trains = [line[2:] for line in lines if line[:2] == ["oodkern", "train"] and "--help" not in line]
     assert len(trains) == 4
+    jobs = [line[line.index("train") + 1 :] for line in lines if line[:1] == ["torchrun"]]
+    plans = [line[2:] for line in lines if line[:2] == ["oodkern", "plan"]]
+    for arguments in (*jobs, *plans):
+        words = parse(["train" if arguments in jobs else "plan", *arguments]).words
+        assert load_config(*file_and_overrides(words)).method in ("oe", "energy")
+    assert (len(jobs), len(plans)) == (1, 2)
     for arguments in trains:
         assert main(["train", "--show", *arguments]) == 0
         resolved = yaml.safe_load(capsys.readouterr().out)

@@ -1,6 +1,8 @@
 """Streams and augmentations: functions of (seed, stream, position), whoever computes them."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from oodkern.data import ArraySet, Batches, DataError, FolderSet, augmentation, random_numbers, stream
 from oodkern.data.augment import crop, flip, vary
 from oodkern.data.split import generator_of
+from oodkern.processes import Processes
 
 
 def numbered(count, size=8):
@@ -149,3 +152,29 @@ def test_names_of_augmentations():
     assert torch.equal(both(images, random), crop(flip(images, random[:, :1]), random[:, 1:]))
     with pytest.raises(ValueError, match=r"expected none, or one or more of crop, flip, vary joined by \+, got 'turn'"):
         augmentation("turn")
+
+
+def test_processes_share_every_batch():
+    """Of 70 samples in batches of 7, over the end of a pass: each process has its part, all of them the batch."""
+    images = numbered(70)
+    one = Batches(images, 7, seed=3, augmentation=augmentation("flip"))
+    parts = [
+        Batches(images, 7, seed=3, augmentation=augmentation("flip"), processes=Processes(rank, 3)) for rank in range(3)
+    ]
+    for batch in range(23):
+        found = [part[batch] for part in parts]
+        assert [len(labels) for _, labels in found] == [2, 2, 3]
+        for whole, shares in zip(one[batch], zip(*found, strict=True), strict=True):
+            assert torch.equal(torch.cat(shares), whole)
+        assert all(torch.equal(part.indices(batch), one.indices(batch)) for part in parts)
+
+
+def test_a_program_ends_that_leaves_a_stream_open():
+    """Although its workers ignore the signal by which they would be ended."""
+    program = (
+        "import torch\nfrom oodkern.data import ArraySet, Batches, stream\n"
+        "images = ArraySet(torch.zeros(8, 1, 2, 2), torch.zeros(8).long(), ('0',))\n"
+        "batches = stream(Batches(images, 4), workers=2)\nnext(batches)\nprint('read')\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "read\n"), found.stderr
