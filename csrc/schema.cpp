@@ -85,6 +85,8 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
   // Room `select`.
   m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");
   m.def("cluster_extremes(Tensor score, Tensor cluster, int clusters, int per_side) -> (Tensor, Tensor)");
+  // Seeds [R, k] of k-means from distances [N, N] and random numbers [k, R, candidates].
+  m.def("kmeans_seeds(Tensor distance, Tensor uniform) -> Tensor");
   // `values` and `indices` hold candidates; `state`: how many, whether number k - 1 is the worst of k, NaN so far.
   m.def(
       "top_k_update(Tensor scores, int offset, int k, bool largest, Tensor(a!) values, Tensor(b!) indices, "

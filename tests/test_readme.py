@@ -9,9 +9,9 @@ import yaml
 
 from oodkern.cli import main, parse
 from oodkern.config import load_config
-from oodkern.verbs import file_and_overrides
 from oodkern.methods import METHODS
 from oodkern.training.comparison import Comparison
+from oodkern.verbs import file_and_overrides
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@
 #include "norm.h"
 #include "rows.h"
 #include "scan.h"
+#include "seeds.h"
 #include "tiles.h"
 
 namespace oodkern {
@@ -19,6 +20,7 @@ struct Engines {
   DistillEngine distillation;
   ClubEngine club;
   ScanEngine scans;
+  SeedEngine seeds;
 };
 
 }  // namespace oodkern

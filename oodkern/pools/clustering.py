@@ -12,7 +12,6 @@ weights of the old mean and b those of the new one, |c' - c|^2 = -1/2 (b - a)^T 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from oodkern._precision import unrounded, widen
 from oodkern.ops._checks import check_count, check_non_negative
 from oodkern.ops._product import check_matrix
 from oodkern.ops.select import nearest_center
+from oodkern.pools import seeding
 
 # Up to so many samples D is formed: 16 MiB in float32.
 SMALL = 2048
@@ -148,41 +148,6 @@ class Segments:
         return sums.view(self.count.shape) / self.count
 
 
-def _seeds(rows: Callable[[Tensor], Tensor], N: int, uniform: Tensor) -> Tensor:
-    """Greedy k-means++: seeds [R, k] of R restarts, from random numbers [k, R, candidates].
-
-    `rows` gives the squared distances [..., N] from samples [...]. A candidate is drawn in proportion to its squared
-    distance to the nearest seed so far, and the one is taken that leaves the least sum of these.
-    """
-    k, R, candidates = uniform.shape
-    first = torch.arange(0, R * candidates, candidates, device=uniform.device)
-    start = (uniform[0, :, 0] * N).long().clamp_(max=N - 1)
-    closest = rows(start)
-    drawn, best = [start[:, None].expand(R, candidates)], [first]
-    for numbers in uniform.unbind()[1:]:
-        drawn.append(_drawn(closest, numbers, exact=closest.is_cuda))
-        left = torch.minimum(rows(drawn[-1]), closest[:, None])
-        best.append(left.sum(2).argmin(1) + first)
-        closest = left.view(-1, N).index_select(0, best[-1])
-    return torch.stack(drawn).view(k, -1).gather(1, torch.stack(best)).T
-
-
-def _drawn(weight: Tensor, uniform: Tensor, exact: bool) -> Tensor:
-    """Columns [R, c] drawn in proportion to weights [R, N], not negative, by numbers [R, c] below 1.
-
-    A device adds a cumulative sum of floats in an order that differs from call to call, and with it the rounding.
-    `exact` adds integers instead: the largest weight is 2^61 / N at least, and the sum is below 2^62.
-    """
-    N = weight.shape[1]
-    if exact:
-        largest = weight.amax(1, keepdim=True).double()
-        share = weight.double() / torch.where(largest > 0, largest, 1.0)
-        weight, uniform = share.mul_(2.0 ** (62 - N.bit_length())).long(), uniform.double()
-    reach = weight.cumsum(1)
-    point = (reach[:, -1:] * uniform).to(reach.dtype)
-    return torch.searchsorted(reach, point, right=True).clamp_(max=N - 1)
-
-
 def _together(distance: Tensor, uniform: Tensor, iterations: int, limit: float) -> tuple[Tensor, Tensor]:
     """The seeds [k] and the assignment [N] of the best of R restarts, from the squared distances [N, N]."""
     N, (k, R, _) = len(distance), uniform.shape
@@ -190,7 +155,7 @@ def _together(distance: Tensor, uniform: Tensor, iterations: int, limit: float) 
     def rows(samples: Tensor) -> Tensor:
         return distance.index_select(0, samples.flatten()).view(*samples.shape, N)
 
-    seeds = _seeds(rows, N, uniform)
+    seeds = seeding.among(distance, uniform)
     own, label = rows(seeds).min(1)
     running = list(range(R))
     results: dict[int, tuple[Tensor, Tensor]] = {}  # restart -> inertia, assignment
@@ -272,7 +237,7 @@ def _in_turn(x: Tensor, square: Tensor, uniform: Tensor, iterations: int, limit:
         return _distances(x[samples.flatten()], x, square).view(*samples.shape, N)
 
     for restart in range(R):
-        seeds = _seeds(rows, N, uniform[:, restart : restart + 1])[0]
+        seeds = seeding.greedy(rows, N, uniform[:, restart : restart + 1])[0]
         centers = x[seeds]
         label, own = nearest_center(x, centers)
         segments = Segments(label[None], k)

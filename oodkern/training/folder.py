@@ -27,7 +27,6 @@ OUTPUTS = (
     "scores.npz",
     "report.html",
     "outlier-sets.svg",  # of `select-outliers`, which looks at the run's model
-    "not_finite.pt",
 )
 # What may change between a run and its resumption: where it stands and who makes its batches.
 FREE = ("name", "output", "device", "checkpoint_steps", "data.workers")
@@ -65,7 +64,7 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
                     f"{key}: the run in {folder} has {old.get(key)!r}, got {new.get(key)!r}; resume it as it was, or "
                     "give another name=... or output=..."
                 )
-        (folder / "not_finite.pt").unlink(missing_ok=True)
+        forget_batches(folder)
         note_environment(folder, finished=state["stage"] == config.method and state["epoch"] >= config.epochs)
     else:
         state = None
@@ -73,11 +72,18 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:  # a run that stops early must not leave its beginning beside another run's end
             (folder / name).unlink(missing_ok=True)
+        forget_batches(folder)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "metrics.jsonl").touch()  # which tells a run's config.yaml from a person's
         files.write_json(folder / "environment.json", environment())
     files.write_text(folder / "config.yaml", to_yaml(config))
     return state
+
+
+def forget_batches(folder: Path) -> None:
+    """Those that were kept since their loss was not finite, one of each process."""
+    for path in folder.glob("not_finite*.pt"):
+        path.unlink()
 
 
 def keep(folder: Path, overwrite: bool) -> None:

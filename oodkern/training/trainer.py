@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,27 +14,27 @@ from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit
 from oodkern.losses import ClassificationLoss
-from oodkern.methods import METHODS, Method, Objective
+from oodkern.methods import Objective
 from oodkern.metrics import auroc, threshold_at_recall
 from oodkern.processes import ALONE, Processes
 from oodkern.training import files
 from oodkern.training.board import Board
 from oodkern.training.evaluation import SAMPLE, Judged, Score, correct, scored
-from oodkern.training.folder import FORMAT
 from oodkern.training.fused import check_fused_head
 from oodkern.training.interrupt import Interrupt, stop
 from oodkern.training.memory import memory_format
 from oodkern.training.pretrained import read_pretrained, write_pretrained
 from oodkern.training.progress import shown
-from oodkern.training.random_state import OWN_SEED, random_state, seed_everything, set_random_state
+from oodkern.training.random_state import OWN_SEED, seed_everything
 from oodkern.training.run import Run, judge_both
 from oodkern.training.several import resumed_by_others, synchronised, what_differs
 from oodkern.training.stage import NotFinite, Stage
 from oodkern.training.start import build_classifier, setting_of
+from oodkern.training.state import State
 
 
-class Trainer:
-    """The stages of a run, its checkpoints and its log."""
+class Trainer(State):
+    """The stages of a run and its log; what it keeps is of `State`."""
 
     def __init__(
         self,
@@ -48,16 +47,10 @@ class Trainer:
         pretrained: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.config, self.split, self.device, self.lines, self.pretrained = config, split, device, lines, pretrained
-        self.processes = processes
+        super().__init__(config, split, lines, processes)
+        self.device, self.pretrained = device, pretrained
         self.log, self.progress = log, progress and processes.first
         self.board = Board(config.folder / "tensorboard") if processes.first else None
-        self.method: Method = METHODS[config.method](config.loss, split.multi_label)
-        self.started, self.seconds_before = time.perf_counter(), 0.0
-        self.decided: dict[str, Any] = {}
-        self.threshold = float("nan")
-        self.best = -1.0  # the validation of best.ckpt
-        self.baseline: Classifier | None = None
 
     def run(self, state: dict[str, Any] | None) -> Run:
         config, split = self.config, self.split
@@ -206,76 +199,6 @@ class Trainer:
         if not found.logits.isfinite().all():  # the last step can diverge after its loss was looked at
             raise NotFinite("the model's logits are not finite")
         return found
-
-    def keep_batch(self, error: NotFinite, stage: Stage) -> NotFinite:
-        """Saves the batch of the last step, and says where."""
-        assert stage.batch is not None
-        own = "" if self.processes.first else f"-{self.processes.rank}"
-        path = self.config.folder / f"not_finite{own}.pt"
-        files.save_checkpoint(path, stage.batch)
-        return NotFinite(f"{error}, at step {stage.batch['step']} of {stage.name}; the batch is in {path}")
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def inference_state(self, stage: Stage) -> dict[str, Any]:
-        """What it takes to judge new images."""
-        return {
-            "format": FORMAT,
-            "stage": stage.name,
-            "epoch": stage.epoch,
-            "model": stage.model.state_dict(),
-            "classes": list(self.split.classes),
-            "shape": list(self.split.train.shape),
-            "multi_label": self.split.multi_label,
-            "score": self.method.score_name,
-            # Of the weights as they were validated: within an epoch there is none.
-            "threshold": self.threshold if stage.at_epoch_end else float("nan"),
-        }
-
-    def save_best(self, stage: Stage) -> None:
-        if self.processes.first:
-            files.save_checkpoint(self.config.folder / "best.ckpt", self.inference_state(stage))
-
-    def save(self, stage: Stage) -> None:
-        stage.replica.export()
-        training, (random, *others) = stage.state_dict(), self.processes.objects(random_state())
-        if not self.processes.first:
-            return
-        files.save_checkpoint(
-            self.config.folder / "last.ckpt",
-            {
-                **self.inference_state(stage),
-                "baseline": None if self.baseline is None else self.baseline.state_dict(),
-                "training": training,
-                "processes": self.processes.count,
-                "random": random,
-                "random_of_others": others,
-                "images": self.split.facts()["images"],
-                "decided": self.decided,
-                "best": self.best,
-                "log_bytes": self.lines.sync(),
-                "seconds": self.seconds,
-            },
-        )
-
-    def set_random_state(self, state: dict[str, Any]) -> None:
-        """That of this process; a process that was not there before keeps the one that it began with."""
-        states = [state["random"], *state.get("random_of_others", ())]
-        if self.processes.rank < len(states):
-            set_random_state(states[self.processes.rank])
-
-    def restore(self, state: dict[str, Any], model: Classifier) -> None:
-        for key, value in self.split.facts().items():
-            if state[key] != value:
-                raise ConfigError(f"data: the run in {self.config.folder} has {key} {state[key]}, got {value}")
-        if state["baseline"] is not None:
-            model.load_state_dict(state["baseline"])
-            self.baseline = copy.deepcopy(model)
-        model.load_state_dict(state["model"])
-        self.decided, self.best = dict(state["decided"]), state["best"]
-        self.threshold, self.seconds_before = state["threshold"], state["seconds"]
 
     def judge(self, model: Classifier) -> Run:
         """Both models on the test, once, at the end."""

@@ -10,10 +10,11 @@ extern const NormEngine norm_engine;
 void run_distillation(const DistillCall&, int64_t, int64_t);
 extern const ClubEngine club_engine;
 extern const ScanEngine scan_engine;
+void run_seeds(const SeedCall&, int64_t, int64_t);
 
 const Engines& engines() {
-  static const Engines all = {run_rows,         tile_engine, run_heads,  norm_engine,
-                              run_distillation, club_engine, scan_engine};
+  static const Engines all = {run_rows,         tile_engine, run_heads,   norm_engine,
+                              run_distillation, club_engine, scan_engine, run_seeds};
   return all;
 }
 
