@@ -16,7 +16,7 @@ from oodkern.data import Batches, stream
 
 # The norms as the paper has them, 192 times the released default: an error of the penalty is an error of the gradient.
 COMMON = ("method=gregplus", "model.width=64", "loss.gradient_scale=paper")
-# The speed aimed for; half the memory, too, where half of the images are detected correctly.
+# The speed aimed for, at half the memory.
 TARGETS = {"half": 1.8, "all": 1.2}
 
 
@@ -107,16 +107,17 @@ def test_greg_step(detected, batch_norm, benchmark, record, rounds):
     eager = Recipe(stage, split)
     error, of = {}, ""
     if batch_norm == "frozen":
-        error, of = {"oodkern": difference(stage, eager), "eager": 0.0}, " (error: ours from eager's)"
+        error, of = {"oodkern": difference(stage, eager)}, " (error: ours from eager's)"
     contenders = {"oodkern": stage.advance, "eager": eager.advance}
+    peaks = {"oodkern": peak_of_step(stage), "eager": peak_of_recipe(eager)}
     record(
         Row(
             room="step",
-            case=f"GReg+, {detected} detected correctly, BatchNorm {batch_norm}{of}: ResNet-18",
+            case=f"GReg+, {detected} detected correctly, BatchNorm {batch_norm}, own clusters{of}: ResNet-18",
             shape=(192, 3, 32, 32),
             dtype="float32",
             milliseconds=interleaved_medians(contenders, min(rounds, 5)),
-            megabytes={"oodkern": peak_of_step(stage), "eager": peak_of_recipe(eager)},
+            megabytes=peaks,
             error=error,
             target=TARGETS[detected],
         )
@@ -126,5 +127,6 @@ def test_greg_step(detected, batch_norm, benchmark, record, rounds):
     for side in ("selected_in", "selected_out"):
         assert low <= means[side] <= high, side
     benchmark.pedantic(stage.advance, rounds=1)
+    assert peaks["oodkern"] <= peaks["eager"] / 2
     if error:
         assert error["oodkern"] < 1e-4

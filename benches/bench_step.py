@@ -167,7 +167,7 @@ def stage_of(overrides, split):
 def peak_of_step(stage):
     """In megabytes, beyond parameters, running statistics and momentum: what the step before left is let go first."""
     stage.optimizer.zero_grad(set_to_none=True)
-    stage.close()
+    stage.let_go()
     stage.batch = None
     return peak_megabytes(stage.advance)
 

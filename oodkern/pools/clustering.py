@@ -151,12 +151,8 @@ class Segments:
 def _together(distance: Tensor, uniform: Tensor, iterations: int, limit: float) -> tuple[Tensor, Tensor]:
     """The seeds [k] and the assignment [N] of the best of R restarts, from the squared distances [N, N]."""
     N, (k, R, _) = len(distance), uniform.shape
-
-    def rows(samples: Tensor) -> Tensor:
-        return distance.index_select(0, samples.flatten()).view(*samples.shape, N)
-
     seeds = seeding.among(distance, uniform)
-    own, label = rows(seeds).min(1)
+    own, label = distance.index_select(0, seeds.flatten()).view(R, k, N).min(1)
     running = list(range(R))
     results: dict[int, tuple[Tensor, Tensor]] = {}  # restart -> inertia, assignment
     segments = Segments(label, k)

@@ -34,13 +34,13 @@ def greedy(rows: Callable[[Tensor], Tensor], N: int, uniform: Tensor) -> Tensor:
     first = torch.arange(0, R * candidates, candidates, device=uniform.device)
     start = (uniform[0, :, 0] * N).long().clamp_(max=N - 1)
     closest = rows(start)
-    taken, best = [start[:, None].expand(R, candidates)], [first]
+    places, best = [start[:, None].expand(R, candidates)], [first]
     for numbers in uniform.unbind()[1:]:
-        taken.append(drawn(closest, numbers, exact=closest.is_cuda))
-        left = torch.minimum(rows(taken[-1]), closest[:, None])
+        places.append(drawn(closest, numbers, exact=closest.is_cuda))
+        left = torch.minimum(rows(places[-1]), closest[:, None])
         best.append(left.sum(2).argmin(1) + first)
         closest = left.view(-1, N).index_select(0, best[-1])
-    return torch.stack(taken).view(k, -1).gather(1, torch.stack(best)).T
+    return torch.stack(places).view(k, -1).gather(1, torch.stack(best)).T
 
 
 def drawn(weight: Tensor, uniform: Tensor, exact: bool) -> Tensor:

@@ -190,9 +190,13 @@ class Stage:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
-    def close(self) -> None:
-        """Lets go of the streams, and so of their processes, and leaves the model as it came."""
+    def let_go(self) -> None:
+        """Of the streams, and so of their processes: they begin anew where the next step needs them."""
         self._id_stream = self._outlier_stream = self._candidates = None
+
+    def close(self) -> None:
+        """The end: leaves the model as it came."""
+        self.let_go()
         self.lean.undo()
 
     def advance(self) -> dict[str, float]:
@@ -266,7 +270,7 @@ class Stage:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.close()
+        self.let_go()
         self.step, self.totals = state["step"], dict(state["totals"])
         own = {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
         self.objective.load_state_dict(placed(own, self.device))

@@ -2,6 +2,8 @@
 
 import torch
 
+from oodkern.pools import seeding
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -24,3 +26,9 @@ DATA = {
     "plane": lambda seed: (torch.rand(500, 2, generator=seeded(seed)) + 100, 30),
     "line of unequal steps": lambda seed: (torch.rand(200, 1, generator=seeded(seed)) ** 4, 12),
 }
+
+
+def begin_with(monkeypatch, seeds):
+    """Every restart of k-means begins with these seeds [k]."""
+    monkeypatch.setattr(seeding, "among", lambda distance, uniform: seeds.expand(uniform.shape[1], -1))
+    monkeypatch.setattr(seeding, "greedy", lambda rows, N, uniform: seeds.expand(uniform.shape[1], -1))

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from groups import DATA, blobs, seeded, sphere
+from groups import DATA, begin_with, blobs, seeded, sphere
 from sklearn.cluster import KMeans as Oracle
 from sklearn.exceptions import ConvergenceWarning
 
@@ -79,8 +79,7 @@ def test_duplicates():
 @pytest.mark.parametrize("clusters", [2, 5])
 def test_a_lost_cluster_goes_on_from_the_farthest_sample(monkeypatch, clusters):
     """All seeds are one sample, so all clusters but one are lost at once."""
-    alike = torch.zeros(1, clusters).long()
-    monkeypatch.setattr(clustering, "_seeds", lambda rows, N, uniform: alike.expand(uniform.shape[1], -1))
+    begin_with(monkeypatch, torch.zeros(clusters).long())
     x = torch.cat([torch.randn(10, 4) * 0.1, torch.randn(10, 4) * 0.1 + 9])
     index = kmeans(x, clusters, seeded(), restarts=2).index
     assert len(set(index.tolist())) == clusters
@@ -172,7 +171,7 @@ def test_tolerance_ends_a_run(monkeypatch, tolerance):
     """A run ends in the first iteration that moves centers by no more: scikit-learn's rule, from the same seeds."""
     x = sphere(400, 6, 0)
     seeds = torch.arange(0, 400, 25)
-    monkeypatch.setattr(clustering, "_seeds", lambda rows, N, uniform: seeds[None])
+    begin_with(monkeypatch, seeds)
     centers, limit = x[seeds].double(), tolerance * x.double().var(0, correction=0).mean()
     label, steps = torch.cdist(x.double(), centers).argmin(1), 0
     while True:

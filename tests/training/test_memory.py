@@ -120,6 +120,13 @@ def test_a_stage_leaves_the_model_as_it_came():
     copy.deepcopy(stage.model)
 
 
+def test_a_resumed_stage_goes_on_the_same_way():
+    stage = stage_of("energy", "model.name=resnet18", "model.width=4", "checkpoint_activations=true")
+    stage.advance()
+    stage.load_state_dict(copy.deepcopy(stage.state_dict()))
+    assert all("forward" in vars(block) for block in blocks_of(stage.model.model))
+
+
 def test_still_statistics():
     """Moved inside, even twice at once, and as before outside; a graph that was made before can be sent backward."""
     norm = nn.BatchNorm2d(3)
