@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from oodkern.schema import TrainConfig
 from oodkern.tables import aligned
 from oodkern.training.meter import WORK
 from oodkern.training.plan import CONFIGURED, WAYS, Cell, Plan
@@ -20,6 +21,10 @@ NAMES = {
 UNSEEN = (
     "Of one process, not compiled, with all terms on. What kernels allocate for themselves (workspaces of\n"
     "convolutions and products), a CUDA context and fragments are not seen: leave room for them."
+)
+OF_CPU = (
+    "Without a CUDA device it is the CPU's step that is counted, with its kernels and its rules of autocast: leave\n"
+    "about 10 % more."
 )
 
 
@@ -47,9 +52,9 @@ def plan_text(found: Plan) -> str:
             f"{options.batch_size:,} ID images, and its peak{reached(found)}",
             table(found, proposed),
         ]
-    if missing := reasons(found):
-        parts.append("\n".join(f"- {reason}" for reason in missing))
-    return "\n\n".join([*parts, UNSEEN])
+    if notes := [*reasons(found), *limits(found), *of_several_processes(found.config)]:
+        parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join([*parts, UNSEEN if found.device.startswith("cuda") else f"{UNSEEN}\n{OF_CPU}"])
 
 
 def table(found: Plan, shown: Callable[[Cell], str]) -> str:
@@ -62,12 +67,36 @@ def proposed(cell: Cell) -> str:
         return "-"
     if cell.proposal is None:
         return "none fits"
-    return f"{cell.proposal.batch_size:,}{'*' * cell.proposal.all_images} ({size_of(cell.proposal.bytes)})"
+    one = cell.proposal
+    mark = "*" if one.all_images else "**" if one.limit else ""
+    return f"{one.batch_size:,}{mark} ({size_of(one.bytes)})"
 
 
 def reached(found: Plan) -> str:
     proposals = [cell.proposal for by_way in found.cells.values() for cell in by_way.values()]
-    return " (*: all training images)" if any(one and one.all_images for one in proposals) else ""
+    marks = ["*: all training images"] * any(one and one.all_images for one in proposals)
+    marks += ["**: limited as said below"] * any(one and one.limit for one in proposals)
+    return f" ({'; '.join(marks)})" if marks else ""
+
+
+def limits(found: Plan) -> list[str]:
+    """What else than memory and the number of images ends the search for larger batches, each once."""
+    proposals = [(name, cell.proposal) for name, by_way in found.cells.items() for cell in by_way.values()]
+    said = [
+        f"**: more than {one.batch_size:,} ID images cannot be trained with {name}: {one.limit}"
+        for name, one in proposals
+        if one and one.limit
+    ]
+    return list(dict.fromkeys(said))
+
+
+def of_several_processes(config: TrainConfig) -> list[str]:
+    """Which keys are without effect here."""
+    keys = ["parallel=fully_shard"] * (config.parallel == "fully_shard")
+    keys += ["parallel_head=true"] * config.parallel_head + ["batch_norm=sync"] * (config.batch_norm == "sync")
+    if not keys:
+        return []
+    return [f"{', '.join(keys)}: this is the step of one process with the whole batch, in which that changes nothing"]
 
 
 def reasons(found: Plan) -> list[str]:
@@ -86,5 +115,6 @@ def measured_line(found: Plan) -> str:
     assert predicted is not None
     return (
         f"Measured on {name}: {size_of(one.bytes)} {CONFIGURED}, {one.bytes / predicted.bytes:.2f} times the "
-        f"prediction, and {one.milliseconds:,.1f} ms a step, on random images."
+        f"prediction, and {one.milliseconds:,.1f} ms a step, the last\nof three on random images, without clipping and "
+        "without the scaler of fp16."
     )

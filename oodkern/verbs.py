@@ -73,9 +73,11 @@ def train(options: argparse.Namespace, command: list[str]) -> int:
 
 def plan(options: argparse.Namespace, command: list[str]) -> int:
     if launched():
-        raise ConfigError("plan: foretells a step of one process; expected no torchrun")
+        raise ConfigError("foretells the step of one process; expected no torchrun")
+    if options.methods == []:
+        raise ConfigError("--methods: expected names with commas, such as oe,greg, or all; got none")
     memory = None if options.memory is None else parse_memory(options.memory)
-    found = plan_steps(load_config(*file_and_overrides(options.words)), options.methods, memory)
+    found = plan_steps(load_config(*file_and_overrides(options.words)), options.methods or (), memory)
     print(
         json.dumps({**found.as_dict(), "command": shlex.join(command)}, indent=1) if options.json else plan_text(found)
     )

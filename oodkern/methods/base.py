@@ -104,7 +104,7 @@ class Method:
     def sketch(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
         """An objective whose steps take the memory that those of `objective` take at most, without a look at data.
 
-        Its tensors have the right sizes and any numbers. For `oodkern plan`.
+        Its tensors have the right sizes and any numbers that are finite. For `oodkern plan`.
         """
         return self.objective(decided, setting)
 

@@ -20,7 +20,7 @@ from oodkern.methods.base import Setting, generator_of
 from oodkern.methods.energy import Energy, EnergyOptions
 from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import gradient_penalty, linear_energy, linear_joint_energy
-from oodkern.ops._checks import check_choice
+from oodkern.ops._checks import check_choice, is_fake
 from oodkern.pools import cluster_sample, kmeans
 from oodkern.processes import whole
 from oodkern.reference import unit, widen
@@ -90,8 +90,11 @@ class GReg(Energy):
         return GRegObjective(self.build_loss(decided, setting), self)
 
     def sketch(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
-        """With margins by which every ID image's gradient is formed, and no outlier's."""
-        return self.objective({**decided, "margin_in": LARGEST, "margin_out": 2 * LARGEST}, setting)
+        """With margins by which every sample's gradient is formed, which the loss itself would refuse."""
+        objective = self.objective({**decided, "margin_in": -LARGEST, "margin_out": LARGEST}, setting)
+        loss: Any = objective.loss
+        loss.margin_in, loss.margin_out = LARGEST, -LARGEST
+        return objective
 
 
 class GRegObjective(Objective):
@@ -220,8 +223,6 @@ class GRegPlusObjective(GRegObjective):
 
     @torch.no_grad()
     def choose(self, model: Classifier, outliers: Tensor, step: int) -> Tensor:
-        from torch._subclasses.fake_tensor import is_fake
-
         random, processes = generator_of(self.seed, step, outliers.device), self.processes
         if step % self.every == 0 or self.features is None:
             model.eval()

@@ -115,10 +115,10 @@ class OAL(Method):
     def sketch(self, decided: Mapping[str, Any], setting: Setting) -> Objective:
         options, images, teacher = self.options, setting.split.train, self.teacher_of(setting)
         width, device = teacher.head.in_features, teacher.head.weight.device
-        taught = Output(*(torch.empty(len(images), size, device=device) for size in (len(images.classes), width)))
+        taught = Output(*(torch.zeros(len(images), size, device=device) for size in (len(images.classes), width)))
         members = torch.bincount(images.labels).clamp_max(PER_CLASS).tolist()
         edges = sum(_share(options.boundary, count) for count in members if count)
-        bank = torch.empty(options.rounds * options.keep * edges, width, device=device)
+        bank = torch.zeros(options.rounds * options.keep * edges, width, device=device)
         return self.objective_of(setting, teacher, taught if self.cached(setting) else None, bank)
 
     def cached(self, setting: Setting) -> bool:

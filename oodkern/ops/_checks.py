@@ -10,12 +10,22 @@ from torch import Tensor
 
 from oodkern.backends import DTYPES
 
+try:
+    from torch._subclasses.fake_tensor import is_fake as _is_fake
+except ImportError:  # private, and may move: nothing but what is foretold on fake tensors needs it
+    _is_fake: Any = None  # type: ignore[no-redef]
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_tensor(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def is_fake(value: Any) -> bool:
+    """Whether this is a tensor without numbers, by which memory is foretold; False where PyTorch does not tell."""
+    return _is_fake is not None and _is_fake(value)
 
 
 def check_floating(value: Any, name: str) -> None:

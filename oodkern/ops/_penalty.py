@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oodkern.ops._checks import check_floating
+from oodkern.ops._convolution import TwiceDifferentiable
 from oodkern.ops._score_graph import kinks_of, leaves_of, nodes_of, opaque_of, updates_statistics
 from oodkern.ops.norm import sample_norm
 
@@ -52,7 +53,8 @@ class Work:
 
         # Checkpointed layers are computed again inside the gradients, so these stay inside too.
         with sdpa_kernel(SDPBackend.MATH):
-            score, nodes = self.score(x)
+            with TwiceDifferentiable():
+                score, nodes = self.score(x)
             leaves = leaves_of(nodes, x) if self.differentiate else []
             norm = sample_norm(input_gradient(score, x, "score_fn", create_graph=bool(leaves))) * (1 / SCALE)
             total = (weight * norm).sum()

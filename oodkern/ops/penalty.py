@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodkern.ops._checks import check_floating, check_tensor, score_dtype
+from oodkern.ops._checks import check_floating, check_tensor, is_fake, score_dtype
 from oodkern.ops._penalty import SCALE, Work, check_score, input_gradient, name_of
 from oodkern.ops._product import check_beside
 from oodkern.ops._score_graph import running_statistics
@@ -73,11 +73,12 @@ def gradient_penalty(
         inputs: [N, ...], float64, float32, bfloat16 or float16. No gradient is formed in them.
         weight: [N], bool or floating, any sign, without a gradient of its own.
         second_order: "exact" differentiates the gradient: every op has to be differentiable twice, and
-            scaled_dot_product_attention is computed by its math backend, which is. "finite_difference" differentiates
-            scores at x +- h u instead, u the gradient's direction and h = step ||x||: first derivatives alone, at the
-            memory of a plain forward and backward pass, so that flash attention and torch.compile work. It is an
-            estimate, of relative error about step^2 for smooth networks in float32, and wrong where derivatives jump.
-            Random numbers (dropout) are the same at all points.
+            scaled_dot_product_attention is computed by its math backend, which is; on the CPU the derivatives of
+            convolutions are formed by other, faster kernels than PyTorch's double backward, of the same numbers.
+            "finite_difference" differentiates scores at x +- h u instead, u the gradient's direction and h = step
+            ||x||: first derivatives alone, at the memory of a plain forward and backward pass, so that flash attention
+            and torch.compile work. It is an estimate, of relative error about step^2 for smooth networks in float32,
+            and wrong where derivatives jump. Random numbers (dropout) are the same at all points.
         step: of finite differences, relative to the norm of each input. In float32 the error is least near 1e-2.
         chunk: rows forwarded at a time; 32 unless told.
         allow_kinks: let finite differences pass over ReLU, ELU, max-pooling and the like, whose first or second
@@ -107,8 +108,6 @@ def _penalty(
     chunk: int | None,
     allow_kinks: bool,
 ) -> Tensor:
-    from torch._subclasses.fake_tensor import is_fake
-
     weight = _check_arguments(score_fn, inputs, weight, second_order, step, chunk)
     work = Work(score_fn, torch.is_grad_enabled(), second_order == "exact", step, allow_kinks)
     total = torch.zeros((), dtype=weight.dtype, device=inputs.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from oodkern.config import ConfigError
 
-UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "TB": 10**12, "GB": 10**9, "MB": 10**6}
 
 
 def parse_memory(text: str) -> int:
@@ -19,9 +19,21 @@ def parse_memory(text: str) -> int:
     return size
 
 
+def first_true(holds: Callable[[int], bool], most: int) -> int:
+    """The least number from 1 to `most` from which on a condition holds; of `most` itself it is not asked."""
+    fails, found = 0, 1
+    while found < most and not holds(found):
+        fails, found = found, 2 * found
+    found = min(found, most)
+    while found - fails > 1:
+        middle = (fails + found) // 2
+        fails, found = (fails, middle) if holds(middle) else (middle, found)
+    return found
+
+
 def largest_fitting(size: Callable[[int], float], limit: float, least: int, most: int, start: int) -> int:
     """The largest number from `least` to `most` of a size up to `limit`, sizes growing nearly in line; 0 if none is."""
-    if least == 0 or size(least) > limit:
+    if size(least) > limit:
         return 0
     fits, too_large = least, most + 1
     if least < start <= most:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from oodkern.ops._checks import is_fake
+
 WORK = "work"  # the kind of what was not told to be of another one
 
 
@@ -130,3 +132,12 @@ class FakeCopies(torch.overrides.TorchFunctionMode):
         with self.mode:
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
         return made.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+def check_fake(tensors: Iterable[Tensor]) -> None:
+    """Raises RuntimeError for a tensor with numbers, on which a step would be computed in earnest, and counted wrongly.
+
+    Modules with a `__deepcopy__` of their own, or a PyTorch that copies in another way, could bring one along.
+    """
+    if real := sum(not is_fake(one) for one in tensors):
+        raise RuntimeError(f"expected parameters and buffers without numbers after the copy, got {real} with numbers")

@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 
 from oodkern.classifier import Classifier
-from oodkern.config import ConfigError, TrainConfig, check_values, schema_of
+from oodkern.config import ConfigError, TrainConfig, check_values, nearest, schema_of
 from oodkern.data import OODSplit, build_split
 from oodkern.methods import METHODS
-from oodkern.training.fitting import largest_fitting
+from oodkern.training.fitting import first_true, largest_fitting
 from oodkern.training.fused import check_fused_head
 from oodkern.training.memory import blocks_of, memory_format
-from oodkern.training.meter import FakeCopies, Meter, WorstCase
-from oodkern.training.metered import Images, Peak, metered, step
+from oodkern.training.meter import FakeCopies, Meter, WorstCase, check_fake
+from oodkern.training.metered import Images, Peak, metered, step, tensors_of
 from oodkern.training.stage import Stage
 from oodkern.training.start import build_classifier, find_device, setting_of
 
@@ -48,6 +47,7 @@ class Proposal:
     outlier_batch_size: int
     bytes: int
     all_images: bool  # whether it is as many as there are to train with, beyond which none was tried
+    limit: str = ""  # why one ID image more cannot be trained with, where that is no matter of memory
 
 
 @dataclass(frozen=True)
@@ -111,35 +111,43 @@ def plan(
         config: its optimizer, batch sizes and ways count for all methods.
         methods: more of METHODS, with their default options; "all": those that suit the data.
         memory: bytes, for which the largest batches are looked for; with a CUDA device None means all of its memory.
-        split: the data, where it is built already; of its images only a few are read.
+        split: the data, where it is built already; of its images at most 2,000 are read, for their mean and deviation.
 
-    Raises ConfigError for a configuration that cannot be trained, and where not one image a step fits.
+    Raises ConfigError for a configuration that cannot be trained, and where not one image a step of its method fits.
     """
+    configs = [of_method(config, name) for name in chosen_methods(config, methods)]
     device = find_device(config.device)
     if split is None:
         try:
             split = build_split(config.data)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    if memory is None and device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+    room, source = memory, "--memory"
+    if room is None and device.type == "cuda":
+        room, source = torch.cuda.get_device_properties(device).total_memory, "device"
     built: Any = build_classifier(config, split)
     model: Classifier = built.to(memory_format=memory_format(config))
-    found = {}
-    for name in chosen_methods(config, methods, split.multi_label):
-        steps = Steps(of_method(config, name), split, model, device)
-        found[name] = {way: steps.cell(changes, memory) for way, changes in WAYS.items()}
-        if name == config.method and (reason := found[name][CONFIGURED].reason):
-            raise ConfigError(reason)
-    if memory is not None and not any(cell.proposal for by_way in found.values() for cell in by_way.values()):
-        raise ConfigError(f"--memory: expected room for one image a step at least, which {memory:,} bytes are not")
-    measured = measure(of_method(config, config.method), split, model, device) if device.type == "cuda" else None
-    return Plan(config, str(device), memory, found, measured)
+    found: dict[str, dict[str, Cell]] = {}
+    for one in configs:
+        steps = Steps(one, split, model, device)
+        cells = found[one.method] = {}
+        for way, changes in WAYS.items():
+            cells[way] = steps.cell(changes, room)
+            if one is configs[0] and (reason := cells[CONFIGURED].reason):
+                raise ConfigError(reason)
+        if one is configs[0] and room is not None and not any(cell.proposal for cell in cells.values()):
+            raise ConfigError(f"{source}: expected room for one image a step at least, which {room:,} bytes are not")
+    measured = measure(configs[0], split, model, device) if device.type == "cuda" else None
+    return Plan(config, str(device), room, found, measured)
 
 
-def chosen_methods(config: TrainConfig, methods: Sequence[str], multi_label: bool) -> list[str]:
-    """The configured one first."""
-    suited = [name for name, method in METHODS.items() if method.score_names[multi_label] is not None]
+def chosen_methods(config: TrainConfig, methods: Sequence[str]) -> list[str]:
+    """The configured one first. Raises ConfigError for what is no method."""
+    for name in methods:
+        if name not in METHODS and name != "all":
+            known = ", ".join([*METHODS, "all"])
+            raise ConfigError(f"--methods: expected of {known}, got {name!r}{nearest(name, METHODS)}")
+    suited = [name for name, method in METHODS.items() if method.score_names[config.multi_label] is not None]
     names = [one for name in methods for one in (suited if name == "all" else [name])]
     return list(dict.fromkeys([config.method, *names]))
 
@@ -200,22 +208,33 @@ class Steps:
 
     def peak(self, config: TrainConfig) -> Peak:
         """Of a step on fake tensors. Raises ConfigError where it cannot be made."""
+        # Of a private module, without which nothing but this is to break.
+        from torch._subclasses import fake_tensor as fake
+
         options = config.optimizer
         setting = replace(self.setting, batch_size=options.batch_size, outlier_batch_size=options.outlier_batch_size)
         objective = self.method.sketch({}, setting)
         # An op without a rule for fake tensors would be run on real ones.
-        mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
+        mode = fake.FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         with FakeCopies(mode, self.device):
             model, kept, objective = copy.deepcopy((self.model, setting.model, objective))
+        held = [one for module in (model, kept) for one in (*module.parameters(), *module.buffers())]
+        check_fake([*held, *tensors_of(objective)])
         meter = Meter(self.device.type, CUDA_BLOCK if self.device.type == "cuda" else 1)
         try:
             with mode, WorstCase(), meter:
                 stage = Stage("method", config, self.split, model, objective, self.method.uses_outliers, self.device)
                 return metered(stage, kept, meter, Images(stage, self.shape, torch.empty))
-        except UnsupportedOperatorException as error:
-            raise ConfigError(f"plan: {error.func} of the model has no rule for tensors without numbers") from None
-        except ValueError as error:  # BatchNorm's, of one number a channel
-            raise ConfigError(f"optimizer.batch_size: {options.batch_size} does not make a step: {error}") from None
+        except (
+            fake.UnsupportedOperatorException,
+            fake.DynamicOutputShapeException,
+            fake.DataDependentOutputException,
+        ) as error:
+            raise ConfigError(f"model: its {error.func} has no rule for tensors without numbers") from None
+        except ValueError as error:
+            few = "Expected more than 1 value per channel" in str(error)  # BatchNorm's
+            key = f"optimizer.batch_size: {options.batch_size} does not make a step: " if few else ""
+            raise ConfigError(f"{key}{error}") from None
 
     def largest(self, config: TrainConfig, memory: int, known: int) -> Proposal | None:
         """By secants, since the peak is nearly affine in the batch; what is proposed fits, and one more does not."""
@@ -226,24 +245,33 @@ class Steps:
             outliers = max(round(batch * ratio), 1)
             return replace(config, optimizer=replace(options, batch_size=batch, outlier_batch_size=outliers))
 
+        def refusal(batch: int) -> str:
+            try:
+                check_values(sized(batch))
+            except ConfigError as error:
+                return str(error)
+            return ""
+
         @functools.cache
         def size(batch: int) -> float:
             """Infinite where there is no such step."""
             if batch == options.batch_size:
                 return known
             try:
-                check_values(sized(batch))
-                return self.peak(sized(batch)).bytes
+                return float("inf") if refusal(batch) else self.peak(sized(batch)).bytes
             except ConfigError:
                 return float("inf")
 
-        images = len(self.split.train)
-        least = next((batch for batch in range(1, images + 1) if size(batch) < float("inf")), 0)
-        batch = largest_fitting(size, memory, least, max(images, options.batch_size), options.batch_size)
+        # Batches that can be trained with are an interval around the configured one; its end takes no step to find.
+        images, start = len(self.split.train), options.batch_size
+        least = first_true(lambda batch: size(batch) < float("inf"), start)
+        most = start + first_true(lambda more: bool(refusal(start + more)), max(images - start, 0) + 1) - 1
+        batch = largest_fitting(size, memory, least, most, start)
         if batch == 0:
             return None
         outliers = sized(batch).optimizer.outlier_batch_size if self.method.uses_outliers else 0
-        return Proposal(batch, outliers, int(size(batch)), batch >= images)
+        limit = refusal(batch + 1) if batch == most < images else ""
+        return Proposal(batch, outliers, int(size(batch)), batch >= images, limit)
 
 
 def measure(config: TrainConfig, split: OODSplit, model: Classifier, device: torch.device) -> Measured | None:
@@ -256,6 +284,8 @@ def measure(config: TrainConfig, split: OODSplit, model: Classifier, device: tor
         objective = method.sketch({}, setting)
         objective.loss.to(device)
         stage = Stage("method", config, split, student, objective, method.uses_outliers, device)
+        # Steps are made without the scaler: taken as they are, scaled gradients would make weights infinite.
+        stage.scaler = torch.amp.GradScaler(device.type, enabled=False)
         images = Images(stage, split.train.shape, torch.rand)
         milliseconds = 0.0
         for _ in range(3):

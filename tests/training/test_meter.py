@@ -1,8 +1,12 @@
 """The bytes that a meter counts, against counts by hand."""
 
+import runpy
+import sys
+
 import torch
 from torch import nn
 
+from oodkern.ops import _checks
 from oodkern.training.meter import WORK, Meter, WorstCase
 
 
@@ -43,6 +47,11 @@ def test_the_meter_counts_storages_not_tensors():
         views = whole[10:20], whole.view(10, 10), whole.add_(1), torch.empty(1 << 20, device="meta")
         assert meter.live == meter.peak == 512
     assert len(views) == 4
+
+
+def test_without_the_private_module_nothing_is_taken_for_fake(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._subclasses.fake_tensor", None)
+    assert runpy.run_path(_checks.__file__)["is_fake"](torch.ones(1)) is False
 
 
 def test_numbers_that_are_not_there():

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from oracle import memory_events
 from stages import CPU, DRAWN, split_of
 from torch import nn
 
-from oodkern.cli import main
 from oodkern.config import ConfigError, load_config
 from oodkern.training.fitting import parse_memory
 from oodkern.training.meter import WORK, Meter
@@ -27,16 +25,28 @@ METHODS = {
     "energy": (),
     "energy, bf16": ("precision=bf16",),
     "energy, adamw, channels_last": ("optimizer.name=adamw", "channels_last=true"),
+    "energy, fp16": ("precision=fp16",),
+    "energy, fused": ("optimizer.implementation=fused",),
+    "energy, clipped": ("optimizer.clip_norm=0.1",),
+    "energy, wrn_40": (
+        "model.name=wrn_40",
+        "model.width=1",
+        "optimizer.batch_size=4",
+        "optimizer.outlier_batch_size=8",
+    ),
     "greg": ("loss.chunk=16",),
+    "greg, of few images": ("loss.chunk=32",),  # a chunk holds all ID images and some outliers
     "greg, bf16": ("loss.chunk=16", "precision=bf16"),
     "gregplus": ("loss.chunk=16",),
     "separation": (),
     "oal": (*DRAWN, "loss.teacher_outputs=online"),
     "oal, cached, mlp": (*DRAWN, "loss.teacher_outputs=cached", "loss.transfer=mlp"),
+    "oal, infonce": (*DRAWN, "loss.contrast=infonce"),
     "edge": (),
     "edge, by frequency": ("loss.tail=frequency",),
 }
 LEAN = ("as configured", "accumulate=2", "checkpoint_activations")
+STEPS = [(name, way) for name in METHODS for way in LEAN if "," not in name or way != "accumulate=2"]
 
 
 def steps_of(name, *overrides):
@@ -51,14 +61,11 @@ def real_step(steps, config):
     """A stage on real tensors, its starting model, and random images."""
     student, kept = copy.deepcopy(steps.model), copy.deepcopy(steps.model)
     objective = steps.method.sketch({}, setting_of(config, steps.split, kept, CPU))
-    if config.method.startswith("greg"):  # as foretold, all samples are selected
-        objective.loss.penalty_weight = lambda score, is_ood, counts=None: torch.rand_like(score) + 0.1
     stage = Stage("method", config, steps.split, student, objective, steps.method.uses_outliers, CPU)
     return stage, kept, Images(stage, steps.shape, torch.rand)
 
 
-@pytest.mark.parametrize("way", LEAN)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "way"), STEPS)
 def test_what_is_foretold_is_what_a_real_step_takes(name, way):
     steps = steps_of(name)
     config = replace(steps.config, **WAYS[way])
@@ -69,7 +76,7 @@ def test_what_is_foretold_is_what_a_real_step_takes(name, way):
     foretold = steps.peak(config)
     # Of gregplus the k-means is not in the fake step. Statistics that BatchNorm saves of 16-bit rows are of 16 bits by
     # PyTorch's rule for fake tensors, and of 32 by its CPU kernel.
-    share = 5e-3 if config.precision == "bf16" else 1e-3
+    share = 1e-3 if config.precision == "fp32" else 5e-3
     assert foretold.bytes == pytest.approx(found.bytes, rel=share)
     assert sum(foretold.kinds.values()) == foretold.bytes
     for kind in KINDS:
@@ -99,6 +106,24 @@ def test_what_is_foretold_is_what_the_allocator_hands_out(name, way):
     assert steps.peak(config).bytes == pytest.approx(peak, rel=tolerance)
 
 
+def test_clipping_takes_next_to_nothing():
+    """The trainer's own step, of which it is a part; that the next batch is being read is not foretold."""
+    steps = steps_of("energy, clipped", "model.width=16")
+    stage, kept, _ = real_step(steps, steps.config)
+    before = Meter()
+    before.hold([*kept.parameters(), *kept.buffers()], "kept")
+    with before:
+        stage.advance()
+        stage.let_go()
+        stage.batch = None
+        stage.optimizer.zero_grad(set_to_none=True)
+    held = peak = before.live
+    for change in memory_events(stage.advance):
+        held += change
+        peak = max(peak, held)
+    assert steps.peak(steps.config).bytes == pytest.approx(peak, rel=0.07)
+
+
 @pytest.mark.parametrize("name", ["energy", "greg", "separation", "oal"])
 def test_a_step_leaves_nothing_behind(name):
     """Nothing that waits for the garbage collector, which runs when it pleases."""
@@ -116,10 +141,12 @@ def test_a_step_leaves_nothing_behind(name):
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["energy", "greg", "separation", "edge"])
+@pytest.mark.parametrize("name", ["energy", "greg", "edge"])
 def test_lean_ways_take_less(name):
     steps = steps_of(name, "optimizer.batch_size=128", "optimizer.outlier_batch_size=256")
-    peaks = {way: steps.peak(replace(steps.config, **changes)).bytes for way, changes in WAYS.items()}
+    peaks = {
+        way: steps.peak(replace(steps.config, **changes)).bytes for way, changes in WAYS.items() if way != "head=fused"
+    }
     assert peaks["accumulate=4"] < peaks["accumulate=2"] < peaks["as configured"]
     assert peaks["checkpoint_activations"] < peaks["as configured"]
     assert peaks["split_forward"] < peaks["as configured"]
@@ -134,7 +161,7 @@ def test_a_head_of_many_classes_takes_less_when_fused():
     assert full - fused > 2 * 4 * 192 * classes
 
 
-@pytest.mark.parametrize("name", ["ce", "energy", "gregplus"])
+@pytest.mark.parametrize("name", ["ce", "energy"])
 def test_the_proposed_batch_fits_and_one_more_does_not(name):
     memory = parse_memory("24 MiB")
     config = load_config(None, [f"method={name}", "data.limit=3000", "model.width=32"])
@@ -161,56 +188,63 @@ def test_the_proposed_batch_fits_and_one_more_does_not(name):
     assert beyond
 
 
-def test_what_cannot_be_foretold_is_an_error():
-    config = load_config(None, ["data.limit=400"])
-    with pytest.raises(ConfigError, match=r"--memory: expected room for one image a step at least, .* 20,000 bytes"):
-        plan(config, memory=20_000)
-    with pytest.raises(ConfigError, match="method: edge is for multi-label data"):
-        plan(config, ["edge"])
-    with pytest.raises(ConfigError, match="method: expected one of"):
-        plan(config, ["energi"])
-    with pytest.raises(ConfigError, match=r"loss.second_order: finite_difference expects a smooth network"):
-        plan(load_config(None, ["method=greg", "loss.second_order=finite_difference", "data.limit=400"]))
-    with pytest.raises(ConfigError, match="checkpoint_activations: the model has no blocks"):
-        plan(load_config(None, ["checkpoint_activations=true", "data.limit=400"]))
-    with pytest.raises(ConfigError, match=r"optimizer.batch_size: 1 does not make a step: Expected more than 1 value"):
-        plan(load_config(None, ["method=ce", "optimizer.batch_size=1", "data.limit=400", *NET]))
-    beside = plan(load_config(None, ["method=ce", "optimizer.batch_size=3", "data.limit=100", *NET]), memory=10**9)
-    assert beside.cells["ce"]["accumulate=2"].reason.startswith("optimizer.batch_size: 3 does not make a step")
-    assert beside.cells["ce"]["accumulate=4"].reason.startswith("accumulate: expected at most 3")
+def test_a_proposal_that_something_else_limits_says_so(monkeypatch):
+    steps, made = steps_of("gregplus", "loss.candidates=150", "model.name=small_cnn"), []
+    peak = steps.peak
+    monkeypatch.setattr(steps, "peak", lambda config: made.append(config) or peak(config))
+    found = steps.largest(steps.config, 10**12, peak(steps.config).bytes)
+    assert (found.batch_size, found.outlier_batch_size, found.all_images) == (75, 150, False)
+    assert found.limit == "loss.candidates: expected 152 or more, the outliers of 1 step(s), got 150"
+    assert len(made) <= 4, "what cannot be trained with takes no step to find"
+    clustered = steps_of("gregplus", "loss.clusters=20", "model.name=small_cnn")  # of 40 outliers at least
+    options, known = clustered.config.optimizer, clustered.peak(clustered.config).bytes
+    sizes = replace(options, batch_size=20, outlier_batch_size=40)
+    least = clustered.peak(replace(clustered.config, optimizer=sizes)).bytes
+    assert clustered.largest(clustered.config, least, known).batch_size == 20
+    assert clustered.largest(clustered.config, least - 1, known) is None
 
 
-def test_the_verb(capsys):
-    assert main(["plan", "--methods", "all", "data.limit=400", "model.width=8"]) == 0
-    printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 150
-    rows = [line.split()[0] for line in printed.splitlines() if line.startswith(("energy", "ce", "oal", "greg"))]
-    assert rows == ["energy", "ce", "greg", "gregplus", "oal"]
-    assert "activations and work" in printed
-    assert "- checkpoint_activations: the model has no blocks" in printed
-    assert ("Nothing was measured" in printed) == (not torch.cuda.is_available())
-    assert "Largest" not in printed or torch.cuda.is_available()
-    assert main(["plan", "--methods", "oe", "data.limit=400", "--memory", "6MiB"]) == 0
-    largest = capsys.readouterr().out.partition("Largest optimizer.batch_size in 6.0 MiB, with 128 outliers to 64")[2]
-    assert [line.split()[0] for line in largest.splitlines() if line.startswith(("energy", "oe"))] == ["energy", "oe"]
-    assert main(["plan", "data.limit=400", "--memory", "80"]) == 2
-    assert capsys.readouterr().err.startswith("oodkern plan: --memory: expected a positive number with GiB")
+class Looks(nn.Module):
+    """Images to features, and something else."""
+
+    def __init__(self, inner, also):
+        super().__init__()
+        self.inner, self.also = inner, also
+
+    def forward(self, images):
+        self.also(images)
+        return self.inner(images)
 
 
-def test_the_verb_for_programs(capsys):
-    assert main(["plan", "--json", "data.name=digits-multilabel", "data.limit=200", "--memory", "1GB"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["method"], found["memory"], list(found["methods"])) == ("energy", 10**9, ["energy"])
-    ways = found["methods"]["energy"]
-    assert list(ways) == list(WAYS)
-    one = ways["as configured"]
-    assert sum(one["peak"]["kinds"].values()) == one["peak"]["bytes"]
-    assert 0 < one["proposal"]["bytes"] <= 10**9
-    assert ways["checkpoint_activations"] == {
-        "peak": None,
-        "reason": "checkpoint_activations: the model has no blocks",
-        "proposal": None,
-    }
+def fails(images):
+    raise ValueError("images: a text of its own")
+
+
+@pytest.mark.parametrize(
+    ("also", "said"),
+    [
+        (torch.unique, r"model: its aten\._unique2\.default has no rule for tensors without numbers"),
+        (lambda images: torch.equal(images, images + 1), r"model: its aten\.equal\.default has no rule for tensors"),
+        (fails, "^images: a text of its own$"),
+    ],
+)
+def test_a_model_that_looks_at_numbers_is_an_error(also, said):
+    steps = steps_of("ce")
+    steps.model.model.backbone[0] = Looks(steps.model.model.backbone[0], also)
+    with pytest.raises(ConfigError, match=said):
+        steps.peak(steps.config)
+
+
+class Itself(nn.Conv2d):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_numbers_do_not_slip_in():
+    steps = steps_of("ce")
+    steps.model.model.backbone[0] = Itself(1, 8, 3, bias=False)
+    with pytest.raises(RuntimeError, match="expected parameters and buffers without numbers after the copy, got 1"):
+        steps.peak(steps.config)
 
 
 @pytest.mark.gpu
