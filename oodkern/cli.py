@@ -37,10 +37,11 @@ axes), cifar10, cifar100 (Python or binary version), folder (DIR/CLASS/*, or DIR
 The run folder (runs/METHOD-seedN) gets report.html, config.yaml, metrics.jsonl, scores.npz, environment.json,
 last.ckpt (to resume from) and best.ckpt (the best epoch on held-out training images).
 
-SIGTERM and SIGUSR1, a scheduler's warnings, end a run after the step under way: last.ckpt is written, "resumable" is
-printed, and the exit code is 0. With `--resume auto` the same command goes on where there is something to go on with.
-A run may go on with another number of processes, and says what is then not bit for bit. Where one of several
-processes is lost the others end with exit code 1.
+SIGTERM and SIGUSR1, a scheduler's warnings, end a run after the step under way (and the validation, where that was an
+epoch's last): last.ckpt is written, "resumable" is printed, and the exit code is 0. Where no step is under way a run
+ends at once, with the last.ckpt that it has. With `--resume auto` the same command goes on where there is something to
+go on with, also with another number of processes: it says what is then not bit for bit. Where one of several processes
+is lost the others end with exit code 1.
 
 {EXIT_CODES}
 """
@@ -214,8 +215,6 @@ def numbers(text: str) -> list[int]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options may stand before, between and behind the words of a verb, which argparse alone does not allow."""
     top = parser()
-    # Schedulers' scripts are written with `--resume auto`, and begin anew where nothing is to be resumed, as here.
-    arguments = [one for i, one in enumerate(arguments) if one != "auto" or arguments[max(i - 1, 0)] != "--resume"]
     options, words = top.parse_known_args(arguments)
     if any(word.startswith("-") for word in words) or (words and not hasattr(options, "words")):
         top.error(f"unrecognized arguments: {' '.join(words)} (`oodkern {options.verb} --help` lists what there is)")
@@ -227,6 +226,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Schedulers' scripts are written with `--resume auto`, and begin anew where nothing is to be resumed, as here.
+    arguments = ["--resume" if one == "--resume=auto" else one for one in arguments]
+    arguments = [one for i, one in enumerate(arguments) if one != "auto" or arguments[max(i - 1, 0)] != "--resume"]
     options = parse(arguments)
     if options.verb == "doctor":
         from oodkern.doctor import report

@@ -214,6 +214,8 @@ def check_scale(config: TrainConfig, method: Method) -> None:
             f"compile: what is compiled cannot be differentiated twice, as {config.method} does; take none, or with a "
             "smooth network loss.second_order=finite_difference"
         )
+    if config.compile != "none" and config.checkpoint_activations:
+        raise ValueError("checkpoint_activations: expected compile=none beside it, since neither sees into the other")
     sharded = [key for key in ("parallel_head",) if getattr(config, key)]
     sharded += ["parallel"] if config.parallel == "fully_shard" else []
     if len(sharded) > 1:

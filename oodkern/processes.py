@@ -143,11 +143,13 @@ class Processes:
                 found = [True, work()]
             except BaseException as raised:
                 error = raised
+                if isinstance(raised, KeyboardInterrupt) or getattr(raised, "everywhere", False):
+                    found = [False, raised]
         dist.broadcast_object_list(found, src=0)
         if error is not None:
             raise error
         if not found[0]:
-            raise Elsewhere
+            raise found[1] or Elsewhere
         return found[1]
 
 
@@ -197,15 +199,25 @@ def own_rank_is_first() -> bool:
 
 
 def first_to_speak() -> bool:
-    """Whether no other process of the job has said yet why it ends: the first cause is the one to be read."""
+    """Whether no other process of the job has said yet why it ends: the first cause is the one to be read.
+
+    Before they know one another, one of each machine speaks.
+    """
     import torch.distributed as dist
 
     if not (launched() and dist.is_available() and dist.is_initialized()):
-        return own_rank_is_first()
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
         return dist.distributed_c10d._get_default_store().add("oodkern/spoken", 1) == 1
     except RuntimeError:  # who kept the store is gone
         return True
+
+
+# What transports say of another end that is gone; out of memory, say, is nothing of the kind.
+GONE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout"),
+    *("remote process exited", "NCCL communicator was aborted", "Watchdog caught collective operation timeout"),
+)
 
 
 def lost(error: RuntimeError) -> bool:
@@ -214,5 +226,4 @@ def lost(error: RuntimeError) -> bool:
 
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    words = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "Socket Timeout")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(word in str(error) for word in GONE)

@@ -57,7 +57,7 @@ def train(options: argparse.Namespace, command: list[str]) -> int:
             overwrite=options.overwrite,
         )
     except (KeyboardInterrupt, Stopped) as error:
-        again = shlex.join([*(one for one in command if one not in ("--overwrite", "--resume", "auto")), "--resume"])
+        again = shlex.join([*(one for one in command if one not in ("--overwrite", "--resume")), "--resume"])
         again = again if not launched() else f"torchrun ... -m {again}"
         if isinstance(error, Stopped):
             raise Stopped(f"stopped by {error}, resumable: `{again}` goes on") from None
@@ -186,7 +186,7 @@ def compare(options: argparse.Namespace, command: list[str]) -> int:
 
     try:
         found = run_comparison(options.methods, options.seeds, splits, overrides, path, log)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):  # of a table that is not there yet no program is to think that it is
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
     page = write_comparison(found, found.folder / "comparison.html", shlex.join(command))
     log(f"the page is {page}")

@@ -51,7 +51,7 @@ class OALLoss(nn.Module):
     through `transfer` with running statistics and without gradient; the positive key is the row's class. In training
     mode a call first moves the prototype of each class of the batch towards the mean feature's direction,
     p = momentum p + (1 - momentum) mean / ||mean||, without gradient; a class that was never seen has prototype 0.
-    Each process keeps its own.
+    Of several processes each moves those that it holds, by the rows that it is given.
 
     Args:
         features: D, the size of the student's features.

@@ -226,7 +226,9 @@ class GRegPlusObjective(GRegObjective):
         random, processes = generator_of(self.seed, step, outliers.device), self.processes
         if step % self.every == 0 or self.features is None:
             model.eval()
-            parts = [self.features_of(model, part) for part in outliers.split(self.count)]  # in the memory of a step
+            # In the memory of a step, and in as many parts on every process.
+            count = math.ceil(math.ceil(self.candidates / processes.count) / self.count)
+            parts = [self.features_of(model, part) for part in outliers.tensor_split(count)]
             self.features = processes.gather(widen(torch.cat(parts)))
             if is_fake(self.features):  # of which there is nothing to choose by
                 return processes.take(outliers, torch.arange(self.count, device=outliers.device), self.candidates)

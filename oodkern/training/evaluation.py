@@ -72,7 +72,9 @@ def scored(
     """
     device = next(model.parameters()).device
     indices = evenly_spaced(len(images), limit or len(images))
-    indices = indices[processes.share(len(indices))]
+    own = indices[processes.share(len(indices))]
+    # Of fewer images than processes one is looked at by all, since not every model and reader can do with none.
+    indices = own if len(own) else indices[:1]
     was_training = model.training
     model.eval()
     logits: list[Tensor] = []
@@ -88,7 +90,7 @@ def scored(
         model.train(was_training)
 
     def joined(batches: list[Tensor]) -> Tensor:
-        return processes.gather(torch.cat(batches).to(device)).cpu()
+        return processes.gather(torch.cat(batches)[: len(own)].to(device)).cpu()
 
     return Judged(joined(logits), {name: joined(batches) for name, batches in found.items()})
 

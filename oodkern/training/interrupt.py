@@ -14,6 +14,8 @@ WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 class Stopped(Exception):
     """A scheduler asked the run to end: its state is kept, and it can be resumed."""
 
+    everywhere = True  # and so of every process
+
 
 class Interrupt:
     """While entered, the first signal sets `asked`, its number, for the loop to stop where its state is whole.

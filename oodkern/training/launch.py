@@ -69,10 +69,9 @@ def run_of(
 ) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = find_device(config.device)
+    device = own_device(config, find_device(config.device))
     processes = join(cuda=device.type == "cuda")
     if processes.count > 1:
-        device = own_device(config, device)
         check_several(config, processes.count, device)
     if split is not None:
         config = replace(config, data=replace(config.data, name=f"{OWN}:{split.name}"))
@@ -80,8 +79,11 @@ def run_of(
     def images() -> OODSplit:
         return build_split(config.data) if split is None else ready(split, config.data)
 
+    def looked_at() -> None:
+        images()
+
     try:
-        processes.once(lambda: images() and None)  # one process unpacks, or finds out what is wrong, for all
+        processes.once(looked_at)  # one process unpacks, or finds out what is wrong, for all
         found = images()
         METHODS[config.method](config.loss, found.multi_label)  # a program's images may be of the other kind
     except ValueError as error:

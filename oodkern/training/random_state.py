@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-OWN_SEED = 1_000_003  # by which processes' seeds differ
-
 
 def random_state() -> dict[str, Any]:
     """Of PyTorch (CPU and every GPU), NumPy's global generator and Python's."""
@@ -29,6 +27,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
+
+
+def own_seed(seed: int, rank: int) -> int:
+    """Of a process of several; that of the first is the run's."""
+    return (seed + rank * 1_000_003) % 2**32  # NumPy's seeds are as large at most
 
 
 def seed_everything(seed: int) -> None:

@@ -87,10 +87,10 @@ class FullyShard(Sharded):
         fully_shard(network, mesh=self.mesh)
         # Parameters are gathered by calls of this module.
         network.objective.features_of = lambda model, images: network(images, features=True)
-        for module in network.modules():
-            if isinstance(module, FSDPModule):  # sums, not means, by what every backend has
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        self.parted: list[Any] = [one for one in network.modules() if isinstance(one, FSDPModule)]  # the root first
+        for one in self.parted:  # sums, not means, by what every backend has
+            one.set_gradient_divide_factor(1.0)
+            one.set_force_sum_reduction_for_comms(True)
         return network
 
     def no_sync(self) -> Any:
@@ -98,8 +98,13 @@ class FullyShard(Sharded):
 
     @contextlib.contextmanager
     def inner_gradient(self) -> Iterator[None]:
-        """Parameters stay whole, and gradients where they are formed: else the second differentiation finds parameters
-        that were given back, or the step's own backward pass no gradient at all (measured)."""
+        """All parameters are gathered once, and stay until the step's own backward pass, as gradients stay where they
+        are formed: else the second differentiation finds parameters that were given back, or that backward pass no
+        gradient at all (measured). And no process waits for others inside: each selects, and so forwards, as many
+        images as it likes.
+        """
+        for one in self.parted:
+            one.unshard()
         self.keep_whole(True)
         try:
             yield
@@ -107,9 +112,12 @@ class FullyShard(Sharded):
             self.keep_whole(False)
 
     def keep_whole(self, keep: bool) -> None:
-        self.network.set_is_last_backward(not keep)
-        self.network.set_requires_gradient_sync(not keep)
-        self.network.set_reshard_after_backward(not keep)
+        for one in self.parted:
+            one.set_is_last_backward(not keep)
+            one.set_requires_gradient_sync(not keep, recurse=False)
+            one.set_reshard_after_backward(not keep, recurse=False)
+            # What is left whole between forward and backward pass at other times: the root, as is FSDP2's default.
+            one.set_reshard_after_forward(not keep and one is not self.parted[0], recurse=False)
 
     def end_backward(self, parameters: Iterable[Tensor]) -> None:
         """Gradients of what is not sharded."""

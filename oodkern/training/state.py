@@ -13,7 +13,7 @@ from oodkern.methods import METHODS, Method
 from oodkern.processes import Processes
 from oodkern.training import files
 from oodkern.training.folder import FORMAT
-from oodkern.training.random_state import random_state, set_random_state
+from oodkern.training.random_state import own_seed, random_state, seed_everything, set_random_state
 from oodkern.training.stage import NotFinite, Stage
 
 
@@ -36,6 +36,7 @@ class State:
         path = self.config.folder / f"not_finite{own}.pt"
         if self.processes.count > 1:
             others = ", with those of the other processes beside it"
+        path.parent.mkdir(parents=True, exist_ok=True)  # on another machine there may be none
         files.save_checkpoint(path, stage.batch)
         return NotFinite(f"{error}, at step {stage.batch['step']} of {stage.name}; the batch is in {path}{others}")
 
@@ -85,10 +86,12 @@ class State:
         )
 
     def set_random_state(self, state: dict[str, Any]) -> None:
-        """That of this process; a process that was not there before keeps the one that it began with."""
+        """That of this process; a process that was not there before begins with one of its own."""
         states = [state["random"], *state.get("random_of_others", ())]
         if self.processes.rank < len(states):
             set_random_state(states[self.processes.rank])
+        else:
+            seed_everything(own_seed(self.config.seed, self.processes.rank))
 
     def restore(self, state: dict[str, Any], model: Classifier) -> None:
         for key, value in self.split.facts().items():

@@ -25,7 +25,7 @@ from oodkern.training.interrupt import Interrupt, stop
 from oodkern.training.memory import memory_format
 from oodkern.training.pretrained import read_pretrained, write_pretrained
 from oodkern.training.progress import shown
-from oodkern.training.random_state import OWN_SEED, seed_everything
+from oodkern.training.random_state import own_seed, seed_everything
 from oodkern.training.run import Run, judge_both
 from oodkern.training.several import resumed_by_others, synchronised, what_differs
 from oodkern.training.stage import NotFinite, Stage
@@ -74,7 +74,7 @@ class Trainer(State):
         if self.baseline is None:
             self.check(model)
             if not self.processes.first:  # dropout of its own; whatever is made of random numbers, is process 0's
-                seed_everything(config.seed + self.processes.rank * OWN_SEED)
+                seed_everything(own_seed(config.seed, self.processes.rank))
             self.pretrain(model, Objective(baseline_loss.to(self.device)), state)
             state = None
             self.baseline = copy.deepcopy(model)
@@ -136,8 +136,8 @@ class Trainer(State):
             self.set_random_state(state)
         elif kind == "method":
             self.validate(stage)
+            self.save(stage)  # first: what holds best.ckpt alone is not resumed
             self.save_best(stage)
-            self.save(stage)
         if self.board is not None:
             self.board.begin(stage.steps_before + stage.step + 1)
         every = self.config.checkpoint_steps
@@ -165,6 +165,9 @@ class Trainer(State):
                     self.save(stage)
                 if asked:
                     stop(asked)
+            # One that came while the last state was written.
+            if asked := self.processes.most(interrupt.asked, self.device):
+                stop(asked)
 
     def end_epoch(self, stage: Stage) -> None:
         found, means = self.validate(stage), stage.means()
@@ -220,6 +223,6 @@ class Trainer(State):
             score=self.method.score,
             threshold=self.threshold,
             decided=self.decided,
-            history=files.read_json_lines(self.config.folder / "metrics.jsonl"),
+            history=self.processes.once(lambda: files.read_json_lines(self.config.folder / "metrics.jsonl")),
             seconds=self.seconds,
         )

@@ -73,6 +73,9 @@ def test_what_cannot_be_compiled():
     with pytest.raises(ConfigError, match="compile: backbone expects a model with forward_features"):
         stage_of("energy", "compile=backbone", model=Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), "1"))
 
+    with pytest.raises(ConfigError, match="checkpoint_activations: expected compile=none beside it"):
+        load_config(None, ["checkpoint_activations=true", "compile=backbone"])
+
 
 def test_checkpointed_blocks_hold_less():
     """Of what is saved for the backward pass: measured where it is saved."""

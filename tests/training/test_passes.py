@@ -165,7 +165,15 @@ def test_accumulation_with_frozen_batch_norm(name):
 
 def of_process(cases):
     of = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return [two_steps(name, *more, of=of) for name, more in cases]
+    return [two_steps(name, *keys(more), kind=kind_of(more), of=of) for name, more in cases]
+
+
+def keys(more):
+    return [one for one in more if not one.startswith("kind=")]
+
+
+def kind_of(more):
+    return next((one.partition("=")[2] for one in more if one.startswith("kind=")), "group")
 
 
 # With one class more than three processes can share evenly, and in both styles of parts.
@@ -182,6 +190,11 @@ SCATTERED = [
     *((name, (*SHARD, "head=fused", "accumulate=2", "optimizer.clip_norm=0.01")) for name in ("energy", "edge")),
     *((name, (*SHARD, "accumulate=2", "checkpoint_activations=true")) for name in ("energy", "greg", "edge", "oal")),
     ("gregplus", (*SHARD, "head=fused", "split_forward=true")),
+    # Processes that forward other numbers of images for the penalty, and for the choice of outliers.
+    ("greg", (*SHARD, "loss.chunk=1")),
+    ("greg", (*SHARD, "loss.chunk=1", "loss.margins=fixed", "loss.margin_in=-2.2", "loss.margin_out=50")),
+    ("gregplus", (*SHARD, "loss.candidates=131")),
+    *((name, (*more, "kind=frozen")) for name in ("energy", "greg", "edge", "oal") for more in ((), SHARD)),
 ]
 
 
@@ -193,8 +206,8 @@ def scattered():
 @pytest.mark.parametrize("i", range(len(SCATTERED)), ids=[", ".join((name, *more)) for name, more in SCATTERED])
 def test_two_processes_are_one(i, scattered):
     name, more = SCATTERED[i]
-    kept = [one for one in more if one == "head=fused" or one.startswith("optimizer")]
-    expected = two_steps(name, *kept)
+    kept = [one for one in more if one == "head=fused" or one.startswith(("optimizer", "loss"))]
+    expected = two_steps(name, *kept, kind=kind_of(more))
     first, second = (one[i] for one in scattered)
     assert_equal(first, expected)
     assert_equal(second, first, tolerance=1e-12)

@@ -7,18 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
 import torch
+from stages import split_of
 from training.test_resume import check_the_same, same, silent, wait_for
 
 from oodkern.config import ConfigError, load_config
-from oodkern.processes import ALONE, Processes
+from oodkern.data import ArraySet
+from oodkern.processes import ALONE, Elsewhere, Processes
 from oodkern.training import evaluate, load_run, train
+from oodkern.training.evaluation import scored
 from oodkern.training.files import load_checkpoint, read_json_lines
+from oodkern.training.interrupt import Stopped
+from oodkern.training.random_state import random_state
 from oodkern.training.several import check_several, what_differs
 from oodkern.training.start import build_classifier
 
@@ -239,14 +245,19 @@ def test_what_differs_is_said(digits):
 
     assert said() == ""
     assert "accumulate=2: BatchNorm normalises each pass by its own statistics" in said("accumulate=2")
-    assert said("accumulate=2", "batch_norm=frozen") == ""
-    assert "the contrast sees the rows of all passes, which are made twice" in said("accumulate=2", "method=oal")
+    assert said("accumulate=2", "batch_norm=frozen", "pretrain.epochs=0") == ""
+    assert "in pretraining, which batch_norm=frozen is not for, BatchNorm" in said("accumulate=2", "batch_norm=frozen")
+    twice = "several passes: the contrast sees the rows of all of them, which are made twice"
+    assert twice in said("accumulate=2", "method=oal")
+    assert twice not in said("split_forward=true", "method=oal")  # which has no outliers
+    assert "the gap sees the rows of all of them" in said("split_forward=true", "method=edge")
     assert "split forward: BatchNorm normalises ID images and outliers" in said("split_forward=true")
     local = said("method=oal", "gather_negatives=false", count=2)
     assert "gather_negatives=false: the contrast sees the rows of one process alone" in local
     assert "gather_negatives" not in said("method=energy", "gather_negatives=false", count=2)
     assert "batch_norm=sync takes those of all" in said(count=2)
-    assert "statistics" not in said("batch_norm=frozen", count=2)
+    assert "statistics" not in said("batch_norm=frozen", "pretrain.epochs=0", count=2)
+    assert "in pretraining, which batch_norm=frozen is not for, each process" in said("batch_norm=frozen", count=2)
 
 
 def test_what_does_not_go_with_processes():
@@ -297,7 +308,99 @@ def exchanged():
     assert means[0].eq((of.count - 1) / 2).all()
     assert means[1] == 2 * (of.count - 1)
     assert of.objects(of.rank) == list(range(of.count))
+    with pytest.raises(KeyboardInterrupt):
+        of.once(interrupted)
+    with pytest.raises(ZeroDivisionError if of.first else Elsewhere):
+        of.once(lambda: 1 / 0)
+    few = Counted(torch.rand(2, 1, 8, 8), torch.arange(2))
+    model = build_classifier(load_config(None, ["model.width=4"]), replace(split_of(), train=few, classes=("0", "1")))
+    alone = scored(model, few, {"": lambda outputs, weight: outputs.logits[:, 0]})
+    shared = scored(model, few, {"": lambda outputs, weight: outputs.logits[:, 0]}, processes=of)
+    torch.testing.assert_close(shared.logits, alone.logits)
+    torch.testing.assert_close(shared.scores, alone.scores)
     return of.once(lambda: of.rank)
+
+
+class Counted(ArraySet):
+    """Images that, like files, cannot be read none at a time."""
+
+    def images(self, indices):
+        return torch.stack([self.array[i] for i in indices.tolist()])
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_a_signal_while_the_last_state_of_a_stage_is_written(short, monkeypatch):
+    from oodkern.training.trainer import Trainer
+
+    save = Trainer.save
+
+    def signalled(self, stage):
+        save(self, stage)
+        if stage.kind == "pretrain" and stage.step == stage.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "save", signalled)
+    config = short("name=r", "model.width=4")
+    with pytest.raises(Stopped, match="SIGTERM"):
+        train(config, log=silent, report=False)
+    assert load_checkpoint(config.folder / "last.ckpt")["stage"] == "pretrain"
+    monkeypatch.setattr(Trainer, "save", save)
+    train(config, log=silent, report=False, resume=True)
+
+
+def test_a_run_without_pretraining_is_resumable_from_its_start(short, monkeypatch):
+    from oodkern.training.trainer import Trainer
+
+    def stop(self, stage):
+        raise Stopped("SIGTERM")
+
+    keep = Trainer.save_best
+    monkeypatch.setattr(Trainer, "save_best", stop)
+    config = short("name=r", "model.width=4", "pretrain.epochs=0", "epochs=1")
+    with pytest.raises(Stopped):
+        train(config, log=silent, report=False)
+    monkeypatch.setattr(Trainer, "save_best", keep)
+    run = train(config, log=silent, report=False, resume=True)
+    assert (run.folder / "best.ckpt").is_file()
+
+
+def test_new_processes_draw_numbers_of_their_own(short, digits):
+    from oodkern.training.state import State
+
+    config, drawn = short("name=r", "seed=4294967295"), []
+    for rank in range(4):
+        State(config, digits, None, Processes(rank, 4)).set_random_state({"random": random_state()})
+        drawn.append(torch.rand(3).tolist())
+    assert len({tuple(one) for one in drawn}) == 4
+
+
+def test_a_comparison_that_is_stopped_is_no_success(monkeypatch, capsys):
+    from oodkern import verbs
+    from oodkern.cli import main
+
+    def stopped(*arguments):
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(verbs, "run_comparison", stopped)
+    assert main(["compare", "--methods", "oe"]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--resume", "auto"], ["--resume=auto"]])
+def test_ways_to_write_resume(words, monkeypatch):
+    from oodkern import verbs
+    from oodkern.cli import main
+
+    seen = []
+    monkeypatch.setattr(verbs, "train", lambda options, command: seen.append((options, command)) or 0)
+    assert main(["train", *words, "method=oe"]) == 0
+    ((options, command),) = seen
+    assert options.resume
+    assert options.words == ["method=oe"]
+    assert command == ["oodkern", "train", "--resume", "method=oe"]
 
 
 def test_exchange():
