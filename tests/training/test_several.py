@@ -1,30 +1,23 @@
 """Runs of several processes: started by torchrun, stopped, killed and resumed; and what their logs say."""
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
 import torch
-from stages import split_of
 from training.test_resume import check_the_same, same, silent, wait_for
 
 from oodkern.config import ConfigError, load_config
-from oodkern.data import ArraySet
-from oodkern.processes import ALONE, Elsewhere, Processes
+from oodkern.processes import Processes
 from oodkern.training import evaluate, load_run, train
-from oodkern.training.evaluation import scored
 from oodkern.training.files import load_checkpoint, read_json_lines
-from oodkern.training.interrupt import Stopped
-from oodkern.training.random_state import random_state
 from oodkern.training.several import check_several, what_differs
 from oodkern.training.start import build_classifier
 
@@ -218,23 +211,6 @@ def test_two_processes_resume_bit_for_bit(name, resumed):
     check_the_same(resumed / f"{name}-stopped", Whole(resumed / f"{name}-whole"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_warned_process_is_resumable(tmp_path, number):
-    """With all that it has started, processes that make batches among them, as schedulers do."""
-    options = (*OPTIONS, "epochs=1000", "data.workers=1", f"output={tmp_path}")
-    command = [sys.executable, "-m", "oodkern", "train", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
-    folder = tmp_path / "energy-seed0"
-    wait_for(process, folder / "last.ckpt", "energy", 3)
-    os.killpg(process.pid, number)
-    _, error = output_of(process)
-    assert f"oodkern train: stopped by {number.name}, resumable: `oodkern train" in error
-    assert "Traceback" not in error
-    assert load_checkpoint(folder / "last.ckpt")["training"]["step"] >= 3
-    assert not (folder / "report.html").exists()
-
-
 def test_what_differs_is_said(digits):
     def said(*overrides, count=1):
         config = load_config(None, ["model.width=4", *overrides])
@@ -274,134 +250,3 @@ def test_what_does_not_go_with_processes():
     check("method=oal", "optimizer.outlier_batch_size=3")
     with pytest.raises(ConfigError, match="batch_norm: sync is for GPUs"):
         check("batch_norm=sync")
-
-
-def test_compare_is_one_process(monkeypatch, capsys):
-    from oodkern.cli import main
-
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["compare", "--methods", "oe"]) == 2
-    assert "compare: runs its trainings one after the other" in capsys.readouterr().err
-
-
-def test_shares_are_everything_once():
-    for total in (0, 1, 2, 7, 64):
-        for count in (1, 2, 3, 5):
-            parts = [list(range(total))[Processes(rank, count).share(total)] for rank in range(count)]
-            assert list(itertools.chain(*parts)) == list(range(total))
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert ALONE.share(5) == slice(0, 5)
-
-
-def exchanged():
-    of = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    rows = torch.arange(22.0).view(11, 2)
-    own = rows[of.share(11)]
-    chosen = torch.tensor([10, 3, 0, 7, 8, 1, 2])
-    assert torch.equal(of.gather(own), rows)
-    assert torch.equal(of.take(own, chosen, 11), rows[chosen][of.share(7)])
-    assert torch.equal(of.take(own, torch.tensor([0]), 11), rows[:1][of.share(1)])
-    assert of.most(of.rank * 3, CPU) == 3 * (of.count - 1)
-    means = [torch.full((2, 3), float(of.rank)), torch.tensor(4.0 * of.rank, dtype=torch.float64)]
-    of.mean_(means)
-    assert means[0].eq((of.count - 1) / 2).all()
-    assert means[1] == 2 * (of.count - 1)
-    assert of.objects(of.rank) == list(range(of.count))
-    with pytest.raises(KeyboardInterrupt):
-        of.once(interrupted)
-    with pytest.raises(ZeroDivisionError if of.first else Elsewhere):
-        of.once(lambda: 1 / 0)
-    few = Counted(torch.rand(2, 1, 8, 8), torch.arange(2))
-    model = build_classifier(load_config(None, ["model.width=4"]), replace(split_of(), train=few, classes=("0", "1")))
-    alone = scored(model, few, {"": lambda outputs, weight: outputs.logits[:, 0]})
-    shared = scored(model, few, {"": lambda outputs, weight: outputs.logits[:, 0]}, processes=of)
-    torch.testing.assert_close(shared.logits, alone.logits)
-    torch.testing.assert_close(shared.scores, alone.scores)
-    return of.once(lambda: of.rank)
-
-
-class Counted(ArraySet):
-    """Images that, like files, cannot be read none at a time."""
-
-    def images(self, indices):
-        return torch.stack([self.array[i] for i in indices.tolist()])
-
-
-def interrupted():
-    raise KeyboardInterrupt
-
-
-def test_a_signal_while_the_last_state_of_a_stage_is_written(short, monkeypatch):
-    from oodkern.training.trainer import Trainer
-
-    save = Trainer.save
-
-    def signalled(self, stage):
-        save(self, stage)
-        if stage.kind == "pretrain" and stage.step == stage.steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "save", signalled)
-    config = short("name=r", "model.width=4")
-    with pytest.raises(Stopped, match="SIGTERM"):
-        train(config, log=silent, report=False)
-    assert load_checkpoint(config.folder / "last.ckpt")["stage"] == "pretrain"
-    monkeypatch.setattr(Trainer, "save", save)
-    train(config, log=silent, report=False, resume=True)
-
-
-def test_a_run_without_pretraining_is_resumable_from_its_start(short, monkeypatch):
-    from oodkern.training.trainer import Trainer
-
-    def stop(self, stage):
-        raise Stopped("SIGTERM")
-
-    keep = Trainer.save_best
-    monkeypatch.setattr(Trainer, "save_best", stop)
-    config = short("name=r", "model.width=4", "pretrain.epochs=0", "epochs=1")
-    with pytest.raises(Stopped):
-        train(config, log=silent, report=False)
-    monkeypatch.setattr(Trainer, "save_best", keep)
-    run = train(config, log=silent, report=False, resume=True)
-    assert (run.folder / "best.ckpt").is_file()
-
-
-def test_new_processes_draw_numbers_of_their_own(short, digits):
-    from oodkern.training.state import State
-
-    config, drawn = short("name=r", "seed=4294967295"), []
-    for rank in range(4):
-        State(config, digits, None, Processes(rank, 4)).set_random_state({"random": random_state()})
-        drawn.append(torch.rand(3).tolist())
-    assert len({tuple(one) for one in drawn}) == 4
-
-
-def test_a_comparison_that_is_stopped_is_no_success(monkeypatch, capsys):
-    from oodkern import verbs
-    from oodkern.cli import main
-
-    def stopped(*arguments):
-        raise Stopped("SIGTERM")
-
-    monkeypatch.setattr(verbs, "run_comparison", stopped)
-    assert main(["compare", "--methods", "oe"]) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["--resume"], ["--resume", "auto"], ["--resume=auto"]])
-def test_ways_to_write_resume(words, monkeypatch):
-    from oodkern import verbs
-    from oodkern.cli import main
-
-    seen = []
-    monkeypatch.setattr(verbs, "train", lambda options, command: seen.append((options, command)) or 0)
-    assert main(["train", *words, "method=oe"]) == 0
-    ((options, command),) = seen
-    assert options.resume
-    assert options.words == ["method=oe"]
-    assert command == ["oodkern", "train", "--resume", "method=oe"]
-
-
-def test_exchange():
-    assert processes.run(exchanged, 3) == [0, 0, 0]
