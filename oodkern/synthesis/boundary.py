@@ -83,7 +83,10 @@ def boundary_outliers(
         members = reference.unit(features[labels == label].float())
         k = _share(neighbour, len(members))
         others = max(k, min(2, len(members)))  # a member's first is itself, which tells nothing
-        order = farness(members, members, others).argsort(stable=True, descending=True)
+        # Two that are each other's farthest are equally far. Not every product of float32 gives both the same bits;
+        # one of float64 does, rounded.
+        exact = members.double()
+        order = farness(exact, exact, others).float().argsort(stable=True, descending=True)
         edge = order[: _share(boundary, len(members))].repeat(rounds)
         found += _around(members[edge], members, k, generator, draws, keep, sigma)
         counts.append(len(edge) * keep)
@@ -100,7 +103,7 @@ def _share(share: float, members: int) -> int:
 def farness(points: Tensor, members: Tensor, k: int) -> Tensor:
     """Minus the product of each point [P, D] with its k-th nearest member [n, D], of norm 1: [P], larger = farther.
 
-    Of a point of norm 1 it is minus the cosine, and the same bits for two members that are each other's k-th.
+    Of a point of norm 1 it is minus the cosine.
     """
     n = len(members)
     rows = max(TEMPORARY // (8 * n), 1)
