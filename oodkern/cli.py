@@ -223,12 +223,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def without_auto(arguments: Sequence[str]) -> list[str]:
+    """Schedulers' scripts are written with `--resume auto`, and begin anew where nothing is to be resumed, as here."""
+    words = ["--resume" if one == "--resume=auto" else one for one in arguments]
+    return [one for i, one in enumerate(words) if one != "auto" or words[max(i - 1, 0)] != "--resume"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Schedulers' scripts are written with `--resume auto`, and begin anew where nothing is to be resumed, as here.
-    arguments = ["--resume" if one == "--resume=auto" else one for one in arguments]
-    arguments = [one for i, one in enumerate(arguments) if one != "auto" or arguments[max(i - 1, 0)] != "--resume"]
+    arguments = without_auto(arguments)
     options = parse(arguments)
     if options.verb == "doctor":
         from oodkern.doctor import report

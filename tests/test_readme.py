@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from oodkern.cli import main, parse
+from oodkern.cli import main, parse, without_auto
 from oodkern.config import load_config
 from oodkern.methods import METHODS
 from oodkern.training.comparison import Comparison
@@ -65,7 +65,7 @@ def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
     jobs = [line[line.index("train") + 1 :] for line in lines if line[:1] == ["torchrun"]]
     plans = [line[2:] for line in lines if line[:2] == ["oodkern", "plan"]]
     for arguments in (*jobs, *plans):
-        words = parse(["train" if arguments in jobs else "plan", *arguments]).words
+        words = parse(without_auto(["train" if arguments in jobs else "plan", *arguments])).words
         assert load_config(*file_and_overrides(words)).method in ("oe", "energy")
     assert (len(jobs), len(plans)) == (1, 2)
     for arguments in trains:
@@ -127,6 +127,18 @@ def test_the_costs_of_the_methods_are_the_stored_ones(readme, root):
         time, memory = (row[kind][method] / row[kind][row["base"]] for kind in ("milliseconds", "megabytes"))
         (line,) = [line for line in readme.splitlines() if line.startswith(f"| `{method}`") and line.count("|") > 5]
         assert f"| {time:.2f}, {memory:.2f} |" in line
+
+
+def test_the_times_of_greg_are_the_stored_ones(readme, root):
+    rows = json.loads((root / "benches/results/greg-cpu-2-cores.json").read_text())["rows"]
+    for detected in ("half", "all"):
+        cells = []
+        for norm in ("frozen", "batch"):
+            case = f"GReg+, {detected} detected correctly, BatchNorm {norm}"
+            (row,) = [row for row in rows if row["case"].startswith(case)]
+            time, memory = (row[kind] for kind in ("milliseconds", "megabytes"))
+            cells.append(f"{time['eager'] / time['oodkern']:.2f}, {memory['oodkern'] / memory['eager']:.2f}")
+        assert f"| {detected} | {cells[0]} | {cells[1]} |" in readme
 
 
 def test_the_times_of_products_are_the_stored_ones(readme, root):
