@@ -1,4 +1,4 @@
-"""Convolutions that are differentiated twice, in the penalty that does so."""
+"""Convolutions that are differentiated twice: in the penalty, under autocast, checkpointed, on fake tensors."""
 
 import contextlib
 import copy
@@ -146,6 +146,36 @@ class TestPenalty:
             self.ours(module, lambda x: oodkern.energy(compiled(x))), self.plain(module), strict=True
         ):
             assert error(ours, exact) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Also where what is backward of it runs inside: of float32 layers nothing is rounded then."""
+
+    def second(ours, enabled, order):
+        x, w, b = leaves_of(dtype=torch.float32, size=16)
+        torch.manual_seed(4)
+        with TwiceDifferentiable() if ours else contextlib.nullcontext(), torch.autocast("cpu", dtype, enabled=enabled):
+            y = F.conv2d(x, w, b)
+        assert (is_ours(y), y.dtype) == (ours, dtype if enabled else torch.float32)
+        g = like(y.detach()).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=order == "inside"):
+            (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
+            found = [
+                y.detach(),
+                gx.detach(),
+                *torch.autograd.grad(gx, (g, w), like(gx)),
+                *torch.autograd.grad(y, (x, w, b), like(y)),
+            ]
+        assert [one.dtype for one in found[1:]] == [torch.float32, g.dtype, *(torch.float32,) * 4]
+        return found
+
+    exact = second(False, False, "outside")
+    for order in ("inside", "outside"):
+        for ours, theirs, one in zip(second(True, True, order), second(False, True, order), exact, strict=True):
+            assert error(ours, one.double()) <= 1.2 * error(theirs, one.double())
+        for ours, one in zip(second(True, False, order), exact, strict=True):
+            assert error(ours, one.double()) < 1e-6
 
 
 def test_saves_what_pytorch_saves():
