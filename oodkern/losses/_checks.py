@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oodkern.ops._checks import INTEGERS, check_logits, check_tensor
 from oodkern.ops._product import check_beside, check_head
+from oodkern.processes import is_sharded
 
 # Labels that are looked at together: a mask of them takes so many bytes.
 LABELS = 1 << 22
@@ -26,11 +27,6 @@ def check_logit_rows(logits: Tensor, logits_ood: Tensor | None) -> None:
                 f"logits_ood: expected {logits.shape[1]} classes as logits have, got {logits_ood.shape[1]}"
             )
         check_beside(logits_ood, "logits_ood", logits, "logits", dtype=False)
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor: told without torch.distributed.tensor, which takes 0.6 s to import where it is built."""
-    return hasattr(value, "to_local")
 
 
 def check_plain(value: Any, name: str) -> None:

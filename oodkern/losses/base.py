@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from oodkern.backends import backend_for
-from oodkern.losses._checks import check_counts, check_fused, check_logit_rows, check_target, is_sharded, outlier_rows
+from oodkern.losses._checks import check_counts, check_fused, check_logit_rows, check_target, outlier_rows
 from oodkern.losses._slopes import Key, Slope, Slopes, upstreams
 from oodkern.losses.logits import GivenLogits, Head, Logits, binary_cross_entropy, cross_entropy, fused_logits
 from oodkern.ops import Upstream
 from oodkern.ops._checks import check_choice, score_dtype
 from oodkern.ops._foreseen import can_foresee
 from oodkern.ops._product import autocast
+from oodkern.processes import is_sharded
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
 COUPLED = REDUCTIONS[:-1]  # those of losses whose terms are not all of rows

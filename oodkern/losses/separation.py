@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oodkern import reference
-from oodkern.losses._checks import check_counts, check_logit_rows, check_target, is_sharded
+from oodkern.losses._checks import check_counts, check_logit_rows, check_target
 from oodkern.losses._slopes import Slopes
 from oodkern.losses.base import Loss, OutlierLoss, Terms
 from oodkern.losses.energy import EnergyLoss
@@ -18,6 +18,7 @@ from oodkern.losses.outlier_exposure import OutlierExposureLoss
 from oodkern.ops import orthonormal_basis, subspace_energy
 from oodkern.ops._checks import check_choice, check_count, check_non_negative
 from oodkern.ops._product import check_beside, check_matrix
+from oodkern.processes import is_sharded
 
 SEP_REDUCTIONS, SEPARATIONS = ("auto", "sum", "mean"), ("cosine", "projection")
 MANY_CLASSES = 1000  # from here on the released code takes the mean over the classes

@@ -176,7 +176,6 @@ def kind_of(more):
     return next((one.partition("=")[2] for one in more if one.startswith("kind=")), "group")
 
 
-# With one class more than three processes can share evenly, and in both styles of parts.
 HEAD = ("head=fused", "parallel_head=true")
 PARALLEL = ("ce", "oe", "energy", "separation", "edge", "energy, multi-label")
 SHARD = ("parallel=fully_shard",)
