@@ -11,7 +11,7 @@ from oodkern.cli import main, parse, without_auto
 from oodkern.config import load_config
 from oodkern.methods import METHODS
 from oodkern.training.comparison import Comparison
-from oodkern.verbs import file_and_overrides
+from oodkern.verbs.common import file_and_overrides
 
 
 @pytest.fixture(scope="module")

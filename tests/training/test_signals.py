@@ -67,24 +67,24 @@ def test_a_run_without_pretraining_is_resumable_from_its_start(short, monkeypatc
 
 
 def test_a_comparison_that_is_stopped_is_no_success(monkeypatch, capsys):
-    from oodkern import verbs
     from oodkern.cli import main
+    from oodkern.training import comparison
 
     def stopped(*arguments):
         raise Stopped("SIGTERM")
 
-    monkeypatch.setattr(verbs, "run_comparison", stopped)
+    monkeypatch.setattr(comparison, "compare", stopped)
     assert main(["compare", "--methods", "oe"]) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--resume"], ["--resume", "auto"], ["--resume=auto"]])
 def test_ways_to_write_resume(words, monkeypatch):
-    from oodkern import verbs
     from oodkern.cli import main
+    from oodkern.verbs import train
 
     seen = []
-    monkeypatch.setattr(verbs, "train", lambda options, command: seen.append((options, command)) or 0)
+    monkeypatch.setattr(train, "run", lambda options, command: seen.append((options, command)) or 0)
     assert main(["train", *words, "method=oe"]) == 0
     ((options, command),) = seen
     assert options.resume
