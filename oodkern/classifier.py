@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 # Where a classifier keeps the layer that makes its logits, in the order they are looked up.
-HEADS = ("get_classifier", "fc", "head", "classifier")
+HEADS = ("get_classifier", "fc", "head", "classifier", "heads")
 
 
 class Output(NamedTuple):
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     Args:
         model: makes logits [N, K] of images [N, C, H, W].
         head: the dotted name of its last linear layer; by default looked up as `get_classifier()`, `fc`, `head`,
-            `classifier`: the last nn.Linear of whatever that is.
+            `classifier`, `heads`: the last nn.Linear of whatever that is.
         mean, std: of the pixels, one for each channel: images are taken in [0, 1] and normalised by them. Buffers, so
             that a checkpoint carries them. By default images go to the model as they are.
 

@@ -1,7 +1,8 @@
 """The configuration of a run: the schema, a YAML file, and `key=value` from the command line.
 
 `method` is read first, then the schema is built around that method's own options, so that an unknown or mistyped
-key is an error at once, with the nearest key that exists.
+key is an error at once, with the nearest key that exists. A file may have `base: FILE.yaml`, or a list of files, whose
+keys count where it gives none; what is kept of a run has all keys, and no base.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ConfigError(Exception):
 
 
 def read_given(path: str | None = None, overrides: Sequence[str] = ()) -> Any:
-    """The keys that a YAML file and dotted overrides give, later ones winning, as they are written."""
+    """The keys that a YAML file, its `base` below it, and dotted overrides give, later ones winning, as written."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -48,12 +49,7 @@ def read_given(path: str | None = None, overrides: Sequence[str] = ()) -> Any:
     given: Any = OmegaConf.create()
     try:
         if path is not None:
-            if not Path(path).is_file():
-                raise ConfigError(f"{path}: no such file (a setting is written key=value)")
-            loaded = OmegaConf.load(path)
-            if not OmegaConf.is_dict(loaded):
-                raise ConfigError(f"{path}: expected `key: value` lines")
-            given = OmegaConf.merge(given, loaded)
+            given = OmegaConf.merge(given, read_file(path))
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not re.fullmatch(r"[\w.-]+", key):
@@ -61,6 +57,42 @@ def read_given(path: str | None = None, overrides: Sequence[str] = ()) -> Any:
         return OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
     except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
         raise one_line(error, path) from None
+
+
+def read_file(path: str, above: tuple[Path, ...] = ()) -> Any:
+    """The keys of a YAML file, over those of the files that its `base` names, each over the ones before it.
+
+    Their names are relative to its own folder. Groups are merged key by key, lists replaced. `above` are the files that
+    led here by their bases.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file (a setting is written key=value)")
+    try:
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: expected `key: value` lines")
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+        raise one_line(error, path) from None
+    bases = loaded.pop("base", [])
+    names, above = [bases] if isinstance(bases, str) else bases, (*above, Path(path).resolve())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: base: expected a file or a list of files, got {bases}")
+    found = []
+    for name in names:
+        below = Path(path).parent / Path(name).expanduser()
+        if not below.is_file():
+            raise ConfigError(f"{path}: base: no such file: {below}")
+        if below.resolve() in above:
+            raise ConfigError(f"{path}: base: expected a file that is not based on this one, got {name}")
+        found.append(read_file(str(below), above))
+    try:
+        return OmegaConf.merge(*found, loaded)
+    except TypeError:
+        raise ConfigError(f"{path}: expected a group, a list or one value where its base has it") from None
 
 
 def one_line(error: Exception, path: str | None) -> ConfigError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
 
+from oodkern import published
 from oodkern._options import option
 
 
@@ -20,9 +21,12 @@ from oodkern._options import option
 class ModelConfig:
     """What is trained."""
 
-    name: str = option("small_cnn", "small_cnn, wrn_40, resnet18, or timm:NAME")
+    name: str = option("small_cnn", "small_cnn, wrn_40, resnet18, timm:NAME or torchvision:NAME")
     width: int = option(0, "0: the model's own (small_cnn 32 channels, wrn_40 2 times 16, resnet18 64)")
     dropout: float = option(0.0, "of the features; in wrn_40 in every block")
+    weights: str = option(
+        "", "to start from: a file (.pth, .safetensors), default, or timm's or torchvision's name; empty: random"
+    )
 
 
 def check_positive(**values: int) -> None:
@@ -180,30 +184,31 @@ MODELS: dict[str, tuple[Callable[..., ImageClassifier], str]] = {
 
 
 def build_model(options: ModelConfig, in_channels: int, num_classes: int) -> nn.Module:
-    """The model of a configuration. Raises ValueError naming the key, ImportError saying what to install for timm."""
+    """The model of a configuration, its weights random whatever `weights` says.
+
+    Raises ValueError naming the key, ImportError saying what to install for timm and torchvision.
+    """
     check_model(options)
-    if options.name.startswith("timm:"):
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(
-                f"model.name: {options.name} needs timm ({error}): pip install 'oodkern[vision]'"
-            ) from error
-        name = options.name.removeprefix("timm:")
-        if not timm.is_model(name):
-            raise ValueError(f"model.name: timm has no model {name!r}")
-        return timm.create_model(name, in_chans=in_channels, num_classes=num_classes, drop_rate=options.dropout)
+    if published.library_of(options.name):
+        return published.build(options, in_channels, num_classes)
     make, width = MODELS[options.name]
     own = {width: options.width} if options.width else {}
     return make(in_channels, num_classes, dropout=options.dropout, **own)
 
 
 def check_model(options: ModelConfig) -> None:
-    if options.name not in MODELS and not options.name.startswith("timm:"):
-        raise ValueError(f"model.name: expected one of {', '.join(MODELS)}, or timm:NAME, got {options.name!r}")
+    library = published.library_of(options.name)
+    if options.name not in MODELS and not library:
+        raise ValueError(
+            f"model.name: expected one of {', '.join(MODELS)}, timm:NAME or torchvision:NAME, got {options.name!r}"
+        )
     if options.width < 0:
         raise ValueError(f"model.width: expected 0 (the model's own) or a positive number, got {options.width}")
-    if options.width and options.name.startswith("timm:"):
-        raise ValueError(f"model.width: timm's models have their own; expected 0, got {options.width}")
+    if options.width and library:
+        raise ValueError(f"model.width: {library}'s models have their own; expected 0, got {options.width}")
     if not 0 <= options.dropout < 1:
         raise ValueError(f"model.dropout: expected a probability in [0, 1), got {options.dropout}")
+    if options.dropout and library == "torchvision":
+        raise ValueError(f"model.dropout: torchvision's models have their own; expected 0, got {options.dropout}")
+    if options.weights and not library and not published.is_file(options.weights):
+        raise ValueError(f"model.weights: expected a file for {options.name}, got {options.weights!r}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oodkern._options import option
-from oodkern.data.options import MULTI_LABEL, DataConfig
+from oodkern.data.options import DataConfig, is_multi_label, path_of
 from oodkern.methods import METHODS
 from oodkern.models import ModelConfig
 
@@ -108,6 +108,8 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         path = self.data.name.partition(":")[2]
+        if self.data.name.startswith("imglist:"):  # without the folder of its images
+            path = str(path_of(self.data.name))
         data = re.sub(r"[^\w.-]+", "-", Path(path).name or path or self.data.name).strip(".-") or "data"
         data = "" if self.data.name == "digits" else f"{data}-"
         split = "" if self.data.split is None else f"-split{self.data.split}"
@@ -115,4 +117,4 @@ class TrainConfig:
 
     @property
     def multi_label(self) -> bool:
-        return self.data.name in MULTI_LABEL
+        return is_multi_label(self.data.name)

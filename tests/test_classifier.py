@@ -85,7 +85,7 @@ def test_a_head_that_is_named():
     with pytest.raises(ValueError, match=r"head: expected the name of an nn.Linear, one of body.1, top, got 'body'"):
         Classifier(Plain("top", nn.Linear(7, 5)), head="body")
     with pytest.raises(
-        ValueError, match=r"head: Plain has no linear layer as fc, head, classifier or of get_classifier"
+        ValueError, match=r"head: Plain has no linear layer as fc, head, classifier, heads or of get_classifier"
     ):
         Classifier(Plain("top", nn.Linear(7, 5)))
 

@@ -72,7 +72,7 @@ def test_resolved_configuration_reads_back(tmp_path):
         (["schedule.milestones=[0.5,2]"], "schedule.milestones[1]: expected 0 or more and less than 1, got 2.0"),
         (["optimizer.name=adam"], "optimizer.name: expected one of sgd, adamw, got 'adam'"),
         (["device=gpu"], "device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
-        (["model.name=resnet"], "model.name: expected one of small_cnn, wrn_40, resnet18, or timm:NAME, got 'resnet'"),
+        (["model.name=resnet"], "wrn_40, resnet18, timm:NAME or torchvision:NAME, got 'resnet'"),
         (["data.ood.far.x=1"], "data.ood.far: expected one value, got a group"),
         (["data.name=digits-multilabel", "loss.temperature=2"], "temperature: JointEnergy has none"),
         (["loss.margins=x"], "loss.margins: expected one of auto, fixed, got 'x'"),
@@ -109,6 +109,60 @@ def test_files_that_are_no_configuration(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ConfigError):
             load_config(str(file))
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_file_counts_over_its_base(tmp_path):
+    write(tmp_path, top="method: oe\nepochs: 3\nbase: inner/middle.yaml\ndata: {ood: {b: 'folder:/b'}}\n")
+    write(
+        tmp_path / "inner",
+        middle="base: ../bottom.yaml\nseed: 5\nschedule: {milestones: [0.5]}\ndata: {ood: {a: 'folder:/a'}}\n",
+    )
+    write(tmp_path, bottom="seed: 6\nthreads: 7\nepochs: 8\nschedule: {milestones: [0.1, 0.2], gamma: 0.5}\n")
+    config = load_config(str(tmp_path / "top.yaml"), ["threads=1"])
+    assert (config.method, config.epochs, config.seed, config.threads) == ("oe", 3, 5, 1)
+    assert (config.schedule.milestones, config.schedule.gamma) == ([0.5], 0.5)
+    assert config.data.ood == {"a": "folder:/a", "b": "folder:/b"}
+    write(tmp_path, two="base: [top.yaml, bottom.yaml]\nthreads: 2\n")
+    config = load_config(str(tmp_path / "two.yaml"))
+    assert (config.method, config.epochs, config.seed, config.threads) == ("oe", 8, 6, 2)
+    # What is kept of a run stands alone.
+    write(tmp_path / "elsewhere", kept=to_yaml(config))
+    assert "base" not in yaml.safe_load(to_yaml(config))
+    assert load_config(str(tmp_path / "elsewhere" / "kept.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: b.yaml\n"}, "/a.yaml: base: no such file: "),
+        ({"a": "base: a.yaml\n"}, "/a.yaml: base: expected a file that is not based on this one, got a.yaml"),
+        ({"a": "base: b.yaml\n", "b": "base: ./a.yaml\n"}, "/b.yaml: base: expected a file that is not based on this"),
+        ({"a": "base: 3\n"}, "/a.yaml: base: expected a file or a list of files, got 3"),
+        (
+            {"a": "base: [b.yaml, {}]\n", "b": ""},
+            "/a.yaml: base: expected a file or a list of files, got ['b.yaml', {}]",
+        ),
+        ({"a": "base:\n"}, "/a.yaml: base: expected a file or a list of files, got None"),
+        ({"a": "base: [b.yaml, c.yaml]\n", "b": ""}, "/a.yaml: base: no such file: "),
+        ({"a": "base: b.yaml\n", "b": "- 1\n"}, "/b.yaml: expected `key: value` lines"),
+        ({"a": "base: b.yaml\n", "b": "x: [1\n"}, "/b.yaml: while parsing"),
+        ({"a": "base: b.yaml\n", "b": "epoch: 1\n"}, "epoch: no such key (did you mean epochs?)"),
+        ({"a": "base: b.yaml\ndata: [1]\n", "b": "data: {limit: 3}\n"}, "/a.yaml: expected a group, a list or one"),
+    ],
+)
+def test_mistakes_of_bases_are_one_line(tmp_path, files, message):
+    write(tmp_path, **files)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(tmp_path / "a.yaml"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -80,9 +80,12 @@ def test_shortcuts_that_change_the_shape_start_from_the_activation():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ModelConfig("resnet"), "model.name: expected one of small_cnn, wrn_40, resnet18, or timm:NAME, got 'resnet'"),
+        (ModelConfig("resnet"), "model.name: .* resnet18, timm:NAME or torchvision:NAME, got 'resnet'"),
         (ModelConfig(width=-1), "model.width: expected 0"),
         (ModelConfig("timm:resnet18", width=3), "model.width: timm's models have their own"),
+        (ModelConfig("torchvision:resnet18", width=3), "model.width: torchvision's models have their own"),
+        (ModelConfig("torchvision:resnet18", dropout=0.1), "model.dropout: torchvision's models have their own"),
+        (ModelConfig(weights="default"), "model.weights: expected a file for small_cnn, got 'default'"),
         (ModelConfig(dropout=1.0), r"model.dropout: expected a probability in \[0, 1\), got 1.0"),
     ],
 )

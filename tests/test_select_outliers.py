@@ -137,7 +137,7 @@ def test_verb_agrees_with_the_function(run, capsys, monkeypatch):
     [
         (["near=few"], "candidates['near']: expected 64 images at least, which make a batch, got 5"),
         (["near=nowhere"], "near: expected digits, photos or KIND:PATH with KIND one of idx, emnist"),
-        (["near=svhn:near"], "near: expected digits, photos or KIND:PATH with KIND one of idx, emnist"),
+        (["near=stl10:near"], "near: expected digits, photos or KIND:PATH with KIND one of idx, emnist"),
         (["near=python:x"], "near: expected a source that can be read as outliers, got 'python:x'"),
         (["near=digits-multilabel"], "near: expected a source that can be read as outliers"),
         (["near=folder:none"], "folder:none: expected a folder, and none is none"),

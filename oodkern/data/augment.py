@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from oodkern.data.vision import EXTRA, NUMBERS, installed, of_each, resized_crop
 
 
 def random_numbers(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
@@ -28,12 +32,21 @@ def random_numbers(seed: int, stream: int, positions: Tensor, count: int) -> Ten
 
 @dataclass(frozen=True)
 class Augmentation:
-    """`apply(images [B, C, H, W] in [0, 1], random [B, numbers])` gives images of the same shape."""
+    """`apply(images [B, C, H, W] in [0, 1], random [B, numbers])` gives images of the same shape.
+
+    One with a `view` begins before the images are made: `view(picture, size, random [numbers])` makes each
+    [C, *size] of the whole picture, a Pillow image or a tensor [C, H, W] in [0, 1], and `apply` is what follows. Where
+    there are only images, calling it takes its views of them.
+    """
 
     numbers: int
     apply: Callable[[Tensor, Tensor], Tensor]
+    view: Callable[[Any, tuple[int, int], Tensor], Tensor] | None = None
 
     def __call__(self, images: Tensor, random: Tensor) -> Tensor:
+        if self.view is not None:
+            size = (images.shape[2], images.shape[3])
+            images = torch.stack([self.view(one, size, row) for one, row in zip(images, random, strict=True)])
         return self.apply(images, random)
 
 
@@ -68,13 +81,20 @@ def flip(images: Tensor, random: Tensor) -> Tensor:
     return torch.where(random.view(-1, 1, 1, 1) < 0.5, images.flip(-1), images)
 
 
-AUGMENTATIONS = {"crop": Augmentation(2, crop), "flip": Augmentation(1, flip), "vary": Augmentation(5, vary)}
+def unchanged(images: Tensor, random: Tensor) -> Tensor:
+    return images
+
+
+# Those of torchvision, see `oodkern.data.vision`.
+VISION = {name: Augmentation(NUMBERS, partial(of_each, name=name)) for name in ("trivial", "rand", "jitter")}
+VISION = {"resized-crop": Augmentation(NUMBERS, unchanged, resized_crop), **VISION}
+AUGMENTATIONS = {"crop": Augmentation(2, crop), "flip": Augmentation(1, flip), "vary": Augmentation(5, vary), **VISION}
 
 
 def augmentation(names: str) -> Augmentation | None:
     """Augmentations one after the other, by names such as "crop+flip"; None for "none".
 
-    Raises ValueError with the known names for another.
+    Raises ValueError with the known names for another, and for a view that is not the first.
     """
     if names == "none":
         return None
@@ -83,10 +103,30 @@ def augmentation(names: str) -> Augmentation | None:
             known = ", ".join(AUGMENTATIONS)
             raise ValueError(f"expected none, or one or more of {known} joined by +, got {names!r}")
     steps = [AUGMENTATIONS[name] for name in names.split("+")]
+    if any(step.view is not None for step in steps[1:]):
+        raise ValueError(f"expected resized-crop, which is of the whole picture, as the first, got {names!r}")
 
-    def apply(images: Tensor, random: Tensor) -> Tensor:
-        for step, numbers in zip(steps, random.split([step.numbers for step in steps], dim=1), strict=True):
-            images = step(images, numbers)
-        return images
+    view = steps[0].view and partial(view_of, first=steps[0])
+    return Augmentation(sum(step.numbers for step in steps), partial(one_by_one, steps=tuple(steps)), view)
 
-    return Augmentation(sum(step.numbers for step in steps), apply)
+
+# At the top level, and so not out of reach of loader workers that are spawned.
+def one_by_one(images: Tensor, random: Tensor, steps: tuple[Augmentation, ...]) -> Tensor:
+    """What the steps make of images, each by its own of the random numbers; a view is taken before."""
+    for step, numbers in zip(steps, random.split([step.numbers for step in steps], dim=1), strict=True):
+        images = step.apply(images, numbers)
+    return images
+
+
+def view_of(picture: Any, size: tuple[int, int], random: Tensor, first: Augmentation) -> Tensor:
+    """The view of the first of several augmentations, by its own of their random numbers."""
+    assert first.view is not None
+    return first.view(picture, size, random[: first.numbers])
+
+
+def check_installed(**names: str) -> None:
+    """Raises ImportError, naming the key of `data`, for an augmentation whose package is not there."""
+    for key, chosen in names.items():
+        needed = [name for name in chosen.split("+") if name in VISION]
+        if needed and not installed():
+            raise ImportError(f"data.{key}: {needed[0]} {EXTRA}")

@@ -9,18 +9,20 @@ from pathlib import Path
 
 from oodkern._options import option
 from oodkern.data.augment import augmentation
+from oodkern.data.lists import list_and_root
 
 EMBEDDED = ("digits", "digits-multilabel")
-MULTI_LABEL = ("digits-multilabel",)
 OWN = "python"  # images that a program gave to `train`: known by name only
-KINDS = ("idx", "emnist", "cifar10", "cifar100", "folder")
+KINDS = ("idx", "emnist", "cifar10", "cifar100", "svhn", "folder", "imglist", "wds", "npy", "voc", "coco")
+MULTI_LABEL = ("digits-multilabel", "voc", "coco")
+RESIZES = ("stretch", "center-crop")
 # Names of OOD sets that mean something else in scores.npz, or to the function that writes it.
 RESERVED = ("id", "file", "allow_pickle")
 
 
 @dataclass
 class DataConfig:
-    """A source is KIND:DIR with KIND one of idx, emnist, cifar10, cifar100, folder; or it is digits or photos."""
+    __doc__ = f"A source is KIND:PATH, of {', '.join(KINDS)}; or digits, photos."
 
     name: str = option("digits", "the labelled ID set: digits, digits-multilabel or a source")
     outliers: str = option("", "the source to train with; empty: held-out classes of the ID set")
@@ -31,9 +33,15 @@ class DataConfig:
     split: int | None = option(None, "number of a random split of the classes and the images; null: the fixed one")
     validation: float = option(0.15, "share of the training images, and of the outliers")
     limit: int = option(0, "at most so many ID images to train with; 0: all")
-    size: int = option(0, "pixels a side; 0: as the ID set has them, 32 for folders")
-    channels: int = option(0, "1 or 3; 0: as the ID set has them, 3 for folders")
-    augmentation: str = option("auto", "none, or crop, flip, vary joined by +; auto: what suits the set")
+    size: int = option(0, "pixels a side; 0: as the ID set has them, 32 for image files")
+    channels: int = option(0, "1 or 3; 0: as the ID set has them, 3 for image files")
+    resize: str = option(
+        "stretch",
+        "of image files: stretch, to size x size; center-crop, the shorter side to 8/7 of size, then the middle",
+    )
+    augmentation: str = option(
+        "auto", "none; or crop, flip, vary, resized-crop, trivial, rand, jitter joined by +; auto: what suits the set"
+    )
     outlier_augmentation: str = option("auto", "likewise")
     workers: int = option(0, "processes that make each stream's batches; they change no number")
 
@@ -50,12 +58,22 @@ def kind_of(source: str) -> tuple[str, str]:
     return kind, path
 
 
+def is_multi_label(source: str) -> bool:
+    return source.partition(":")[0] in MULTI_LABEL
+
+
+def path_of(source: str) -> Path:
+    """What tells a source's images: its folder, its list without the folder of the images, or its pattern."""
+    kind, path = source.partition(":")[::2]
+    return list_and_root(path)[0] if kind == "imglist" else Path(path).expanduser()
+
+
 def location(source: str) -> tuple[str, Path]:
     """A source however its folder is written. CIFAR-10 and CIFAR-100 may share one."""
-    kind, path = source.partition(":")[::2]
+    kind = source.partition(":")[0]
     if kind not in KINDS:
         return source, Path()
-    return kind if kind.startswith("cifar") else "", Path(path).expanduser().resolve()
+    return kind if kind.startswith("cifar") else "", path_of(source).resolve()
 
 
 def check(data: DataConfig) -> None:
@@ -86,6 +104,8 @@ def check(data: DataConfig) -> None:
         )
     if not 0.01 <= data.validation <= 0.5:
         raise ValueError(f"data.validation: expected a share from 0.01 to 0.5, got {data.validation}")
+    if data.resize not in RESIZES:
+        raise ValueError(f"data.resize: expected one of {', '.join(RESIZES)}, got {data.resize!r}")
     if data.channels not in (0, 1, 3):
         raise ValueError(f"data.channels: expected 1 or 3, or 0 for those of the ID set, got {data.channels}")
     if data.size and not 8 <= data.size <= 4096:

@@ -189,7 +189,7 @@ def cifar_set(batches: Sequence[tuple[Any, ...]], names: list[str]) -> ArraySet:
     return ArraySet(torch.from_numpy(pixels), torch.from_numpy(labels), names)
 
 
-def read_folder(root: Path, channels: int = 3, size: int = 32) -> Parts:
+def read_folder(root: Path, channels: int = 3, size: int = 32, resize: str = "stretch") -> Parts:
     """`root/train/CLASS/*` with `root/test/CLASS/*`, `root/CLASS/*`, or images without classes in `root`.
 
     The test part may be called test, val, valid or validation. Where there is only `root/train` it is the whole set.
@@ -212,6 +212,6 @@ def read_folder(root: Path, channels: int = 3, size: int = 32) -> Parts:
     classes = sorted(set().union(*named.values()) - {""})
     number = {name: i for i, name in enumerate(classes)} | {"": UNKNOWN}
     return {
-        part: FolderSet(found, torch.tensor([number[name] for name in named[part]]), classes, channels, size)
+        part: FolderSet(found, torch.tensor([number[name] for name in named[part]]), classes, channels, size, resize)
         for part, found in files.items()
     }

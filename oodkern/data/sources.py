@@ -10,22 +10,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from oodkern.data.arrays import read_array
 from oodkern.data.embedded import FAR_PATCHES, as_canvases, photo_patches, read_digits
 from oodkern.data.images import ArraySet, DataError, ImageSet
+from oodkern.data.lists import read_image_list
+from oodkern.data.multilabel import read_coco, read_voc
 from oodkern.data.options import EMBEDDED, OWN, DataConfig, check, check_names, check_new, kind_of
 from oodkern.data.readers import Parts, read_cifar, read_folder, read_idx_folder
+from oodkern.data.shards import read_shards
 from oodkern.data.split import (
     ClassSplit,
     OODSplit,
     at_most,
     generator_of,
     hold_out,
+    mixed_images,
     of_classes,
     seen_in,
     split_classes,
     unseen,
+    without_known_classes,
     without_shared_images,
 )
+from oodkern.data.svhn import read_svhn
 
 # What suits the images of a kind: augmentation of ID images, and of outliers. Letters that are white strokes on black
 # teach that strokes are unknown and nothing of textures, which the energy then takes for clothes: with Fashion-MNIST as
@@ -37,26 +44,43 @@ SUITABLE = {
     "emnist": ("crop", "vary+crop"),
     "cifar10": ("crop+flip", "crop+flip"),
     "cifar100": ("crop+flip", "crop+flip"),
+    "svhn": ("crop", "crop+flip"),  # a digit that is flipped is none
     "folder": ("crop+flip", "crop+flip"),
+    "npy": ("crop+flip", "crop+flip"),
+    "imglist": ("crop+flip", "crop+flip"),
+    "wds": ("crop+flip", "crop+flip"),
+    "voc": ("crop+flip", "crop+flip"),
+    "coco": ("crop+flip", "crop+flip"),
 }
 TEST_SHARE = 0.3  # of the ID images, where a set has no test part of its own
 
 
-def open_source(source: str, channels: int, size: int, split: int | None = None) -> Parts:
-    """The official parts of a source. `channels` and `size` are those of decoded files, and of photos."""
+def open_source(source: str, channels: int, size: int, split: int | None = None, resize: str = "stretch") -> Parts:
+    """The official parts of a source. `channels` and `size` are those of decoded files, and of photos.
+
+    `resize`, of image files: "stretch", the whole image to `size` x `size`, or "center-crop", the shorter side to 8/7
+    of `size`, then the middle.
+    """
     kind, path = kind_of(source)
     if kind == "photos":
         return {"all": photo_patches(FAR_PATCHES, channels, size, split)}
     if kind in EMBEDDED:
         return {"all": read_digits()}
+    if kind in ("imglist", "wds", "npy"):  # whose path is no folder
+        if kind == "imglist":
+            return read_image_list(path, channels, size, resize)
+        return read_shards(path, channels, size, resize) if kind == "wds" else read_array(Path(path).expanduser())
     root = Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"{source}: expected a folder, and {root} is none")
-    if kind in ("idx", "emnist"):
-        return read_idx_folder(root, transposed=kind == "emnist")
-    if kind == "folder":
-        return read_folder(root, channels, size)
-    return read_cifar(root, int(kind.removeprefix("cifar")))
+    of_files = {"folder": read_folder, "voc": read_voc, "coco": read_coco}
+    if kind in of_files:
+        return of_files[kind](root, channels, size, resize)
+    if kind == "svhn":
+        return read_svhn(root)
+    if kind.startswith("cifar"):
+        return read_cifar(root, int(kind.removeprefix("cifar")))
+    return read_idx_folder(root, transposed=kind == "emnist")
 
 
 def conform(images: ImageSet, channels: int, size: int) -> ImageSet:
@@ -98,37 +122,31 @@ def build_split(data: DataConfig) -> OODSplit:
         raise ValueError(
             f"data.name: the images of {data.name} were given by a program, which alone can give them again"
         )
-    parts = open_source(data.name, data.channels or 3, data.size or 32, data.split)
+    parts = open_source(data.name, data.channels or 3, data.size or 32, data.split, data.resize)
     shape = next(iter(parts.values())).shape
     channels, size = data.channels or shape[0], data.size or max(shape[1:])
     parts = {name: conform(images, channels, size) for name, images in parts.items()}
     labelled = part_of(parts, "train")
     count = len(labelled.classes)
     if count < 2:
-        raise DataError(f"{data.name}: expected images of two classes at least, one folder for each class")
+        how = ", one folder for each class" if kind == "folder" else ""
+        raise DataError(f"{data.name}: expected images of two classes at least{how}")
     sizes = class_sizes(data, count)
     chosen = split_classes(count, sizes, data.split)
     split = split_images(data, parts, chosen)
-
-    def other(source: str, part: str) -> ImageSet:
-        images = part_of(open_source(source, channels, size, data.split), part).as_outliers()
-        return conform(images, channels, size)
-
-    ood = dict(split.test_ood)
     if kind == "digits-multilabel":
         split = as_canvases(split, data.split)
-        size, ood = split.train.shape[1], dict(split.test_ood)
+    ood = dict(split.test_ood)
     far = {"far": "photos"} if kind in EMBEDDED else {}
     check_new(data.ood, {**ood, **far})
     for name, source in {**far, **data.ood}.items():
-        ood[name] = other(source, "test")
+        ood[name], split = open_unknown(split, source, "test", data.split)
     outliers, outlier_validation = split.outliers, split.outlier_validation
     if data.outliers:
-        outliers, outlier_validation = hold_out(
-            other(data.outliers, "train"), data.validation, generator_of(data.split, 5)
-        )
-    for key, images in (("data.outliers", outliers), ("data.ood", ood)):
-        if not len(images):
+        images, split = open_unknown(split, data.outliers, "train", data.split)
+        outliers, outlier_validation = hold_out(images, data.validation, generator_of(data.split, 5))
+    for key, nothing in (("data.outliers", not data.outliers and not len(outliers)), ("data.ood", not ood)):
+        if nothing:
             raise ValueError(f"{key}: expected a source, or classes held out by data.classes (now {sizes})")
     augment, augment_outliers = SUITABLE[kind]
     split = replace(
@@ -142,6 +160,19 @@ def build_split(data: DataConfig) -> OODSplit:
     return ready(split, data)
 
 
+def open_unknown(split: OODSplit, source: str, part: str, number: int | None) -> tuple[ImageSet, OODSplit]:
+    """A part of a source as outliers of the split's shape, less its classes that the ID set has; the latter counted."""
+    channels, size, _ = split.train.shape
+    images = part_of(open_source(source, channels, size, number, split.resize), part)
+    others, names = without_known_classes(images, split.classes)
+    split = replace(
+        split,
+        namesakes=tuple(sorted({*split.namesakes, *names})),
+        namesake_images=split.namesake_images + len(images) - len(others),
+    )
+    return conform(others.as_outliers(), channels, size), split
+
+
 def ready(split: OODSplit, data: DataConfig) -> OODSplit:
     """A split as training takes it: no image shared, no part empty, augmented as the configuration asks.
 
@@ -151,7 +182,7 @@ def ready(split: OODSplit, data: DataConfig) -> OODSplit:
     split = without_shared_images(split)
     check_parts(split)
     chosen = {name: getattr(data, name) for name in ("augmentation", "outlier_augmentation")}
-    return replace(split, **{name: asked for name, asked in chosen.items() if asked != "auto"})
+    return replace(split, resize=data.resize, **{name: asked for name, asked in chosen.items() if asked != "auto"})
 
 
 def check_parts(split: OODSplit) -> None:
@@ -168,20 +199,21 @@ def check_parts(split: OODSplit) -> None:
     }
     for name, images in parts.items():
         if not len(images):
-            left = f" ({split.dropped:,} images were left out, being in two parts)" if split.dropped else ""
-            raise DataError(f"{split.name}: expected {name}, and there are none{left}")
+            left = "; ".join(f"{count:,} images were left out, {reason}" for reason, count in split.left_out.items())
+            raise DataError(f"{split.name}: expected {name}, and there are none{f' ({left})' if left else ''}")
 
 
 def with_more_ood(split: OODSplit, sources: Mapping[str, str], number: int | None) -> OODSplit:
-    """The split with further OOD sets, NAME: SOURCE, less the images that a model of it was trained with."""
-    channels, size, _ = split.train.shape
+    """The split with further OOD sets, NAME: SOURCE, less the images that a model of it was trained with.
+
+    Left out too are classes that the ID set has.
+    """
     seen = seen_in(split.train, split.validation, split.test, split.outliers, split.outlier_validation)
     more = dict(split.test_ood)
     dropped = 0
     check_new(sources, split.test_ood)
     for name, source in sources.items():
-        images = part_of(open_source(source, channels, size, number), "test").as_outliers()
-        images = conform(images, channels, size)
+        images, split = open_unknown(split, source, "test", number)
         more[name] = unseen(images, seen)
         dropped += len(images) - len(more[name])
     split = replace(split, test_ood=more, dropped=split.dropped + dropped)
@@ -208,5 +240,15 @@ def split_images(data: DataConfig, parts: Parts, chosen: ClassSplit) -> OODSplit
     name = data.name if data.split is None else f"{data.name} split {data.split}"
     classes = tuple(known.classes)
     return OODSplit(
-        name, train, validation, test, outliers.as_outliers(), outlier_validation.as_outliers(), ood, classes
+        name,
+        train,
+        validation,
+        test,
+        outliers.as_outliers(),
+        outlier_validation.as_outliers(),
+        ood,
+        classes,
+        multi_label=known.labels.dim() == 2,
+        mixed=sum(mixed_images(images, chosen) for images in parts.values()),
+        resize=data.resize,
     )

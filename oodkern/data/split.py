@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodkern.data.images import ArraySet, FolderSet, ImageSet
+from oodkern.data.images import ImageSet
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,25 @@ class OODSplit:
     augmentation: str = "none"
     outlier_augmentation: str = "none"
     dropped: int = 0  # images that stood in two parts and were left out of one
+    namesakes: tuple[str, ...] = ()  # classes of outliers and OOD sets that bear the name of an ID class
+    namesake_images: int = 0  # theirs, which were left out
+    mixed: int = 0  # images of a multi-label set that show known and held-out classes, left out too
+    resize: str = "stretch"  # how image files are, see DataConfig
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Images that are in no part, by the reason."""
+        found = {
+            "being in two parts": self.dropped,
+            f"of {len(self.namesakes):,} classes that the ID set has too": self.namesake_images,
+            "showing known and held-out classes": self.mixed,
+        }
+        return {reason: count for reason, count in found.items() if count}
 
     def describe(self) -> str:
         ood = ", ".join(f"{len(images):,} {name}" for name, images in self.test_ood.items())
         kind = "labels" if self.multi_label else "classes"
-        dropped = f"; left out, being in two parts: {self.dropped:,}" if self.dropped else ""
+        dropped = "".join(f"; left out, {reason}: {count:,}" for reason, count in self.left_out.items())
         return (
             f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation and {len(self.test):,} "
             f"test images of {len(self.classes)} {kind}; {len(self.outliers):,} outliers to train with and "
@@ -85,14 +97,49 @@ def split_classes(count: int, sizes: Sequence[int], split: int | None) -> ClassS
 
 
 def of_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
-    """The images of some classes, renumbered 0, 1, ... in the order given."""
+    """The images of some classes, renumbered 0, 1, ... in the order given.
+
+    Of a multi-label set they are the images whose labels are all among these classes, one at least.
+    """
+    names = [images.classes[c] for c in classes]
+    if images.labels.dim() == 2:
+        chosen = images.labels[:, list(classes)]
+        indices = (chosen.any(1) & (chosen.sum(1) == images.labels.sum(1))).nonzero().flatten()
+        return images.select(indices).relabelled(chosen[indices], names)
     number = torch.full((max(len(images.classes), 1),), -1)
     number[list(classes)] = torch.arange(len(classes))
     known = images.labels >= 0
     labels = torch.where(known, number[images.labels.clamp_min(0)], -1)
     indices = (labels >= 0).nonzero().flatten()
-    names = [images.classes[c] for c in classes]
     return images.select(indices).relabelled(labels[indices], names)
+
+
+def mixed_images(images: ImageSet, groups: Sequence[Sequence[int]]) -> int:
+    """How many images of a multi-label set show a class of one of the groups beside one that is not in that group."""
+    if images.labels.dim() == 1:
+        return 0
+    inside = torch.stack([images.labels[:, list(group)].sum(1) for group in groups])
+    return int(((inside > 0) & (inside < images.labels.sum(1))).any(0).sum())
+
+
+def word(name: str) -> str:
+    """A class's name without case and what stands between its words: "dining table", diningtable. "" of a number."""
+    letters = re.sub(r"[\W_]+", "", name).casefold()
+    return "" if letters.isdecimal() else letters
+
+
+def without_known_classes(images: ImageSet, classes: Sequence[str]) -> tuple[ImageSet, tuple[str, ...]]:
+    """The images less those of the classes that bear the name of one of `classes`; and the names of the former.
+
+    Numbers are no names: the class 3 of one set is not that of another.
+    """
+    known = {word(name) for name in classes} - {""}
+    shared = [k for k, name in enumerate(images.classes) if word(name) in known]
+    if not shared:
+        return images, ()
+    labels = images.labels
+    theirs = labels[:, shared].any(1) if labels.dim() == 2 else torch.isin(labels, torch.tensor(shared))
+    return images.select((~theirs).nonzero().flatten()), tuple(images.classes[k] for k in shared)
 
 
 def hold_out(images: ImageSet, share: float, generator: np.random.Generator) -> tuple[ImageSet, ImageSet]:
@@ -105,28 +152,17 @@ def hold_out(images: ImageSet, share: float, generator: np.random.Generator) -> 
     return images.select(torch.from_numpy(np.flatnonzero(~held))), images.select(torch.from_numpy(np.flatnonzero(held)))
 
 
-def digests(images: ImageSet) -> list[Any]:
-    """What tells images apart: the pixels of those in memory, the path of a file."""
-    if isinstance(images, ArraySet):
-        return [hashlib.blake2b(one.tobytes(), digest_size=16).digest() for one in images.array.numpy()]
-    if isinstance(images, FolderSet):
-        # A folder is resolved once for all of its files: a third of the time that resolving each file takes.
-        real: dict[Path, str] = {}
-        for folder in {path.parent for path in images.paths}:
-            real[folder] = os.path.realpath(folder)
-        return [
-            os.path.realpath(path) if os.path.islink(path) else os.path.join(real[path.parent], path.name)
-            for path in images.paths
-        ]
-    return []
+def digests(images: ImageSet) -> Iterable[Any]:
+    """What tells images apart: the pixels of those in memory, the path of a file, the place in a shard."""
+    return images.identities()
 
 
 def unseen(images: ImageSet, seen: set[Any]) -> ImageSet:
     """The images that are not among those seen."""
-    fresh = [i for i, digest in enumerate(digests(images)) if digest not in seen]
-    if not isinstance(images, ArraySet | FolderSet) or len(fresh) == len(images):
+    fresh = np.fromiter((digest not in seen for digest in digests(images)), dtype=bool)
+    if len(fresh) < len(images) or fresh.all():  # what tells them apart is not known, or none was seen
         return images
-    return images.select(torch.tensor(fresh, dtype=torch.int64))
+    return images.select(torch.from_numpy(np.flatnonzero(fresh)))
 
 
 def seen_in(*parts: ImageSet) -> set[Any]:

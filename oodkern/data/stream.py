@@ -6,7 +6,8 @@ import functools
 import itertools
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oodkern.data.augment import Augmentation, random_numbers
-from oodkern.data.images import DataError, ImageSet
+from oodkern.data.images import DataError, FileSet, ImageSet
 from oodkern.processes import ALONE, Processes
 
 
@@ -71,13 +72,57 @@ class Batches(Dataset):
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
         """Images [n, C, H, W] of this process's share of a batch, and their labels."""
+        images, labels, _ = self.read(batch)
+        return images, labels
+
+    def read(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [n, C, H, W] of this process's share of a batch, their labels, and their indices [n].
+
+        The indices are those of `indices(batch)`, but where the set took another image for an unreadable one.
+        """
         positions = self.positions(batch)[self.processes.share(self.batch_size)]
         indices = self._samples(positions)
-        images = self.source.images(indices)
-        if self.augmentation is not None:
-            numbers = random_numbers(self.seed, self.stream, torch.from_numpy(positions), self.augmentation.numbers)
-            images = self.augmentation(images, numbers)
-        return images, self.source.labels[indices]
+        augment = self.augmentation
+        if augment is None:
+            images, indices = self.source.read(indices)
+            return images, self.source.labels[indices], indices
+        numbers = random_numbers(self.seed, self.stream, torch.from_numpy(positions), augment.numbers)
+        view = augment.view and partial(seen, augment.view, numbers)
+        images, indices = self.source.read(indices, view)
+        return augment.apply(images, numbers), self.source.labels[indices], indices
+
+    def read_by_all(self, batch: int, own: Tensor, device: torch.device) -> Tensor:
+        """Indices [batch_size] of what all processes read of a batch, each giving those [n] that its share has."""
+        if self.processes.count == 1:
+            return own
+        planned = self.indices(batch)
+        if not isinstance(self.source, FileSet):
+            return planned
+        share = self.processes.share(self.batch_size)
+        moved = torch.zeros_like(planned)
+        moved[share] = own - planned[share]
+        return planned + self.processes.sum(moved.to(device)).cpu()
+
+
+def seen(
+    view: Callable[[Any, tuple[int, int], Tensor], Tensor],
+    numbers: Tensor,
+    row: int,
+    picture: Any,
+    size: tuple[int, int],
+) -> Tensor:
+    """The view of the picture in one row of a batch, by that row's random numbers."""
+    return view(picture, size, numbers[row])
+
+
+class Reads(Dataset):
+    """What `Batches.read` gives of each batch."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.batches.read(batch)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -87,13 +132,17 @@ def ignore_interrupts(worker: int) -> None:
 
 
 def stream(
-    batches: Batches, start: int = 0, workers: int = 0, pin_memory: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches number `start`, `start` + 1, ... for ever, made in `workers` processes, or here where that is 0."""
+    batches: Batches, start: int = 0, workers: int = 0, pin_memory: bool = False, indices: bool = False
+) -> Iterator[Any]:
+    """Batches number `start`, `start` + 1, ... for ever, made in `workers` processes, or here where that is 0.
+
+    They are (images, labels), and with `indices` (images, labels, indices), see `Batches.read`.
+    """
+    source = Reads(batches) if indices else batches
     if workers == 0:
-        return map(batches.__getitem__, itertools.count(start))
-    loader = DataLoader(
-        batches,
+        return map(source.__getitem__, itertools.count(start))
+    loader: Any = DataLoader(
+        source,
         batch_size=None,  # each item is a batch already
         sampler=itertools.count(start),
         num_workers=workers,
@@ -105,7 +154,7 @@ def stream(
     return relayed(loader)
 
 
-def relayed(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def relayed(loader: DataLoader) -> Iterator[Any]:
     """A worker's error comes with the worker's traceback as its message; its last line is what the error said."""
     batches: Any = iter(loader)
     # At the end of the program, if not before, workers are asked to end: they do not hear the signal that would follow.

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from oodkern.config import to_yaml
 from oodkern.data import ImageSet
+from oodkern.detector import name_of, predicted
 from oodkern.report import plots
 from oodkern.tables import LEGEND, evaluation_head, evaluation_rows
 from oodkern.training import files
-from oodkern.training.evaluation import SAMPLE, logits_of, name_of, predicted, scored
+from oodkern.training.evaluation import SAMPLE, logits_of, scored
 from oodkern.training.folder import environment
 
 if TYPE_CHECKING:
@@ -127,12 +128,14 @@ def figures(run: Run) -> str:
 
 def hardest(run: Run) -> str:
     """The OOD images that look most like ID ones, and the ID images that look least like it."""
-    rows = [(f"OOD, {name}", images, run.method.scores[name], False) for name, images in run.split.test_ood.items()]
-    limit = min(len(run.split.outliers), SAMPLE)
-    scores = scored(run.model, run.split.outliers, {"": run.score}, limit=limit).scores[""]
-    chosen = run.split.outliers.select(torch.arange(limit) * len(run.split.outliers) // limit)
-    rows.append(("Outliers trained with", chosen, scores, False))
-    rows.append(("ID, hardest to accept", run.split.test, run.method.scores["id"], True))
+    of_all = run.method.indices
+    rows = [
+        (f"OOD, {name}", images, of_all.get(name), run.method.scores[name], False)
+        for name, images in run.split.test_ood.items()
+    ]
+    outliers = scored(run.model, run.split.outliers, {"": run.score}, limit=min(len(run.split.outliers), SAMPLE))
+    rows.append(("Outliers trained with", run.split.outliers, outliers.indices, outliers.scores[""], False))
+    rows.append(("ID, hardest to accept", run.split.test, of_all.get("id"), run.method.scores["id"], True))
     strips = "".join(strip(run, *row) for row in rows)
     return (
         "<section><h2>Hardest images</h2><p class='note'>The OOD images with the lowest scores, and the ID images with "
@@ -141,10 +144,12 @@ def hardest(run: Run) -> str:
     )
 
 
-def strip(run: Run, name: str, images: ImageSet, scores: Tensor, known: bool) -> str:
+def strip(run: Run, name: str, images: ImageSet, indices: Tensor | None, scores: Tensor, known: bool) -> str:
+    """`indices` [N]: the images that scores [N] are of; None: all."""
     worst = scores.argsort(descending=known, stable=True)[:THUMBNAILS]
-    pixels = images.images(worst)
-    labels = predicted(logits_of(run.model, images.select(worst)), run.split.multi_label)
+    shown = images.select(worst if indices is None else indices[worst])
+    pixels = shown.images(torch.arange(len(shown)))
+    labels = predicted(logits_of(run.model, shown), run.split.multi_label)
     wrong = scores > run.threshold if known else scores <= run.threshold
     names = [escape(name_of(label, run.split.classes)) for label in labels.tolist()]
     cells = "".join(

@@ -1,6 +1,7 @@
 """Training with auxiliary outliers: level 3 of use."""
 
-from oodkern.training.detector import Detector, Prediction, load_run
+from oodkern.detector import Detector, Prediction
+from oodkern.detector import load as load_run
 from oodkern.training.evaluation import Evaluation, evaluate
 from oodkern.training.launch import train
 from oodkern.training.run import Run

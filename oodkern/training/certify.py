@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oodkern.certificate import certified_radius
 from oodkern.data import ImageSet
-from oodkern.training.detector import Detector
+from oodkern.detector import Detector
 from oodkern.training.evaluation import SAMPLE, evenly_spaced
 
 QUARTILES = (0.25, 0.5, 0.75)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ class Evaluation:
     accuracy: float  # of multi-label classifiers the mean average precision
     ood: dict[str, OODMetrics]
     scores: dict[str, Tensor]  # "id" and each OOD set: outlier scores [N]
+    # Which images those are of, [N]; a set that is not here has them of all. Unreadable ones have none.
+    indices: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean_auroc(self) -> float:
@@ -50,10 +52,11 @@ def evenly_spaced(count: int, limit: int) -> Tensor:
 
 
 class Judged(NamedTuple):
-    """Of images, on the CPU: logits [N, K] float32, and outlier scores [N] by name."""
+    """Of the images that can be read, on the CPU: logits [N, K] float32, outlier scores [N] by name, indices [N]."""
 
     logits: Tensor
     scores: dict[str, Tensor]
+    indices: Tensor
 
 
 @torch.no_grad()
@@ -69,6 +72,7 @@ def scored(
 
     Features, which some scores are made of, are kept for one batch alone. With a `limit`, of as many images at most,
     evenly spaced. Each process looks at its share, and all get the numbers of all images, each once and in order.
+    Images that cannot be read are left out: `indices` says whose the rows are.
     """
     device = next(model.parameters()).device
     indices = evenly_spaced(len(images), limit or len(images))
@@ -79,37 +83,29 @@ def scored(
     model.eval()
     logits: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in scores}
+    kept: list[Tensor] = []
     try:
         for batch in indices.split(batch_size):
-            pixels = images.images(batch).to(device)
+            seen, there = images.readable(batch)
+            rows = len(there) if len(own) else 0
+            pixels = (seen if len(there) else images.images(batch[:1])).to(device)
             outputs = model.outputs(pixels) if scores else Output(model(pixels), pixels)
-            logits.append(outputs.logits.float().cpu())
+            kept.append(there[:rows])
+            logits.append(outputs.logits.float().cpu()[:rows])
             for name, score in scores.items():
-                found[name].append(score(outputs, model.head.weight).cpu())
+                found[name].append(score(outputs, model.head.weight).cpu()[:rows])
     finally:
         model.train(was_training)
 
     def joined(batches: list[Tensor]) -> Tensor:
-        return processes.gather(torch.cat(batches)[: len(own)].to(device)).cpu()
+        return processes.gather(torch.cat(batches).to(device)).cpu()
 
-    return Judged(joined(logits), {name: joined(batches) for name, batches in found.items()})
+    return Judged(joined(logits), {name: joined(batches) for name, batches in found.items()}, joined(kept))
 
 
 def logits_of(model: Any, images: ImageSet, batch_size: int = 512, limit: int = 0) -> Tensor:
     """Logits [N, K] on the CPU, in evaluation mode; see `scored`."""
     return scored(model, images, {}, batch_size, limit).logits
-
-
-def predicted(logits: Tensor, multi_label: bool) -> Tensor:
-    """The likeliest class [N] int64; of a multi-label classifier the labels likelier than not, [N, K] bool."""
-    return logits > 0 if multi_label else logits.argmax(-1)
-
-
-def name_of(label: int | list[bool], classes: Sequence[str]) -> str:
-    """One row of `predicted(...).tolist()` in words: a class, or labels joined by +."""
-    if isinstance(label, list):
-        return "+".join(name for name, there in zip(classes, label, strict=True) if there) or "none"
-    return classes[label]
 
 
 def correct(logits: Tensor, labels: Tensor) -> float:
@@ -123,12 +119,13 @@ def judge(
     """Accuracy on the ID test images, and the OOD metrics of each score against each OOD set."""
     sets = {"id": split.test, **split.test_ood}
     judged = {name: scored(model, images, scores, processes=processes) for name, images in sets.items()}
-    accuracy = correct(judged["id"].logits, split.test.labels)
+    accuracy = correct(judged["id"].logits, split.test.labels[judged["id"].indices])
+    indices = {name: one.indices for name, one in judged.items()}
     evaluations = []
     for score in scores:
         by_set = {name: one.scores[score] for name, one in judged.items()}
         ood = {name: ood_metrics(by_set["id"], values) for name, values in by_set.items() if name != "id"}
-        evaluations.append(Evaluation(score, accuracy, ood, by_set))
+        evaluations.append(Evaluation(score, accuracy, ood, by_set, indices))
     return evaluations
 
 

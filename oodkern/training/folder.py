@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 import oodkern
-from oodkern._errors import brief
 from oodkern.config import ConfigError, TrainConfig, load_config, to_yaml
+from oodkern.detector import read_checkpoint
 from oodkern.training import files
 
-FORMAT = 1  # of the checkpoints
 OUTPUTS = (
     "last.ckpt",  # the first to go: a folder with one has all that resuming needs
     "config.yaml",
@@ -27,6 +26,8 @@ OUTPUTS = (
     "scores.npz",
     "report.html",
     "outlier-sets.svg",  # of `select-outliers`, which looks at the run's model
+    "model.pt2",  # of `export`, as the next one
+    "model.onnx",
 )
 # What may change between a run and its resumption: where it stands and who makes its batches.
 FREE = ("name", "output", "device", "checkpoint_steps", "data.workers")
@@ -115,20 +116,6 @@ def read_environment(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of a run. Raises ConfigError with its path where it is none."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; expected a run with a checkpoint")
-    try:
-        state = files.load_checkpoint(path)
-    except Exception as error:  # a damaged file raises whatever its bytes happen to spell
-        raise ConfigError(f"{path}: not a readable checkpoint ({brief(error)})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ConfigError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
-    return state
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import OODSplit, build_split
 from oodkern.data.options import OWN
 from oodkern.data.sources import ready
+from oodkern.detector import find_device
 from oodkern.methods import METHODS
 from oodkern.processes import join
 from oodkern.training import files
@@ -19,7 +20,6 @@ from oodkern.training.folder import prepare
 from oodkern.training.interrupt import Interrupt
 from oodkern.training.run import Run
 from oodkern.training.several import check_several, own_device
-from oodkern.training.start import find_device
 from oodkern.training.trainer import Trainer
 
 

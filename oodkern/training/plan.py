@@ -17,6 +17,7 @@ import torch
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig, check_values, nearest, schema_of
 from oodkern.data import OODSplit, build_split
+from oodkern.detector import find_device
 from oodkern.methods import METHODS
 from oodkern.training.fitting import first_true, largest_fitting
 from oodkern.training.fused import check_fused_head
@@ -24,7 +25,7 @@ from oodkern.training.memory import blocks_of, memory_format
 from oodkern.training.meter import FakeCopies, Meter, WorstCase, check_fake
 from oodkern.training.metered import Images, Peak, metered, step, tensors_of
 from oodkern.training.stage import Stage
-from oodkern.training.start import build_classifier, find_device, setting_of
+from oodkern.training.start import build_classifier, setting_of
 
 CONFIGURED = "as configured"
 WAYS: dict[str, dict[str, Any]] = {
@@ -125,7 +126,7 @@ def plan(
     room, source = memory, "--memory"
     if room is None and device.type == "cuda":
         room, source = torch.cuda.get_device_properties(device).total_memory, "device"
-    built: Any = build_classifier(config, split)
+    built: Any = build_classifier(config, split, weights=False)
     model: Classifier = built.to(memory_format=memory_format(config))
     found: dict[str, dict[str, Cell]] = {}
     for one in configs:

@@ -15,8 +15,9 @@ from torch import nn
 
 from oodkern.config import TrainConfig
 from oodkern.data import OODSplit
+from oodkern.detector import FORMAT
 from oodkern.training import files
-from oodkern.training.folder import FORMAT, flat
+from oodkern.training.folder import flat
 from oodkern.training.random_state import random_state, set_random_state
 
 # Keys that pretraining does not depend on, beside those of the loss.

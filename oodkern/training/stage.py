@@ -147,6 +147,7 @@ class Stage:
         self.batch: dict[str, Any] | None = None  # of the last step
         self._id_stream: Any = None
         self._outlier_stream: Any = None
+        self._indices: Tensor  # of the ID images read last, this process's
         self._candidates: Tensor | None = None  # the outliers read last
 
     def _batches(self, images: ImageSet, size: int, number: int, augment: str) -> Batches:
@@ -173,10 +174,10 @@ class Stage:
         """This process's ID images of the step, their targets, and its outliers of those read for it, on the device."""
         if self._id_stream is None:  # the streams of a resumed stage begin where the last step ended
             workers, pin = self.config.data.workers, self.device.type == "cuda"
-            self._id_stream = stream(self.id_batches, self.step, workers, pin)
+            self._id_stream = stream(self.id_batches, self.step, workers, pin, indices=True)
             if self.outlier_batches is not None:
                 self._outlier_stream = stream(self.outlier_batches, self.step // self.objective.every, workers, pin)
-        images, target = next(self._id_stream)
+        images, target, self._indices = next(self._id_stream)
         move: Any = {"device": self.device, "non_blocking": True, "memory_format": self.format}
         if self._outlier_stream is not None and (self._candidates is None or self.step % self.objective.every == 0):
             self._candidates = next(self._outlier_stream)[0].to(**move)
@@ -216,7 +217,7 @@ class Stage:
             "stage": self.name,
             "step": self.step + 1,
         }
-        indices = self.id_batches.indices(self.step)
+        indices = self.id_batches.read_by_all(self.step, self._indices, self.device)
         counts = len(indices), self.outliers_per_step
         target = self.labels[indices].to(self.device)
         parts = self.over_processes(self.gradients(images, outliers, target, indices, counts, self.step))

@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from oodkern._errors import brief
 from oodkern.classifier import Classifier
-from oodkern.config import ConfigError, TrainConfig, check_device
+from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit
+from oodkern.detector import load
 from oodkern.methods import Setting
 from oodkern.models import build_model
+from oodkern.published import check_size, put, read_weights
 from oodkern.training import files
 
 
-def find_device(name: str | torch.device) -> torch.device:
-    """`auto`, cpu, cuda or cuda:N, or a device. Raises ConfigError where it is none of this machine."""
-    if isinstance(name, str):
-        check_device(name)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {name}")
-    return device
+def build_classifier(
+    config: TrainConfig, split: OODSplit, weights: bool = True, log: Callable[[str], None] | None = None
+) -> Classifier:
+    """The model of a configuration, its images normalised by the training images' mean and deviation.
 
+    With `model.weights` by those of the images that the weights were made for, where they are known.
 
-def build_classifier(config: TrainConfig, split: OODSplit) -> Classifier:
-    """The model of a configuration, its images normalised by the training images' mean and deviation."""
+    Args:
+        config, split: of the run.
+        weights: whether `model.weights` is loaded; false for who goes on with others, or needs the sizes alone.
+        log: gets a line that says what was loaded.
+    """
     mean, std = statistics(split.train)
     try:
         model = build_model(config.model, len(mean), len(split.classes))
+        check_size(config.model, model, split.train.shape[1])
+        if weights and config.model.weights:
+            mean, std = start_from(model, config, split, (mean, std), log)
+        classifier = Classifier(model, mean=mean, std=std)
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None
-    classifier = Classifier(model, mean=mean, std=std)
     if config.pretrain.checkpoint:
         load_weights(classifier, Path(config.pretrain.checkpoint))
     return classifier
+
+
+def start_from(
+    model: nn.Module,
+    config: TrainConfig,
+    split: OODSplit,
+    own: tuple[list[float], list[float]],
+    log: Callable[[str], None] | None,
+) -> tuple[list[float], list[float]]:
+    """Gives a model the weights of `model.weights`; returns their images' mean and deviation, `own` if not known."""
+    with torch.random.fork_rng([]):  # a library may make a second model, at random, to read weights into
+        found = read_weights(config.model, model)
+    line = f"weights: {config.model.weights}, " + ("head and all" if put(found.state, model) else "with a new head")
+    channels, height, _ = split.train.shape
+    if found.size is not None and found.size != height:
+        line += f"; they were made for {found.size} pixels a side, not {height}"
+    if log is not None:
+        log(line)
+    if found.mean is None or found.std is None:
+        return own
+    mean, std = (
+        list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+        for values in (found.mean, found.std)
+    )
+    return mean, std
 
 
 def setting_of(config: TrainConfig, split: OODSplit, baseline: Classifier, device: torch.device) -> Setting:
@@ -54,9 +84,7 @@ def setting_of(config: TrainConfig, split: OODSplit, baseline: Classifier, devic
 
 def load_classifier(path: str, split: OODSplit, device: torch.device) -> Classifier:
     """The model of a run folder, in evaluation mode and without gradients. Raises ConfigError."""
-    from oodkern.training.detector import load_run
-
-    detector = load_run(path, device=device)
+    detector = load(path, device=device)
     if detector.classes != split.classes or detector.shape != split.train.shape:
         raise ConfigError(
             f"{path}: expected a run on the classes {', '.join(split.classes)} at {split.train.shape}, got "

@@ -9,10 +9,10 @@ from typing import Any
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import OODSplit
+from oodkern.detector import FORMAT
 from oodkern.methods import METHODS, Method
 from oodkern.processes import Processes
 from oodkern.training import files
-from oodkern.training.folder import FORMAT
 from oodkern.training.random_state import own_seed, random_state, seed_everything, set_random_state
 from oodkern.training.stage import NotFinite, Stage
 

@@ -13,6 +13,8 @@ import torch
 from oodkern.classifier import Classifier
 from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import ImageSet, OODSplit
+from oodkern.data.augment import check_installed
+from oodkern.data.damage import damage_lines
 from oodkern.losses import ClassificationLoss
 from oodkern.methods import Objective
 from oodkern.metrics import auroc, threshold_at_recall
@@ -56,7 +58,11 @@ class Trainer(State):
         config, split = self.config, self.split
         seed_everything(config.seed)
         self.log(split.describe())
-        built: Any = build_classifier(config, split)
+        try:
+            check_installed(augmentation=split.augmentation, outlier_augmentation=split.outlier_augmentation)
+        except ImportError as error:
+            raise ConfigError(str(error)) from None
+        built: Any = build_classifier(config, split, weights=state is None, log=self.log)
         model: Classifier = built.to(self.device, memory_format=memory_format(config))
         for line in what_differs(config, self.method, self.processes, model):
             self.log(line)
@@ -191,9 +197,10 @@ class Trainer(State):
         stage.replica.export()
         parts = self.split.validation, self.split.outlier_validation
         known, unknown = (self.scored(stage.model, images, {"": self.method.score}) for images in parts)
+        self.tell_damage()
         self.threshold = threshold_at_recall(known.scores[""])
         return {
-            "validation_accuracy": correct(known.logits, self.split.validation.labels),
+            "validation_accuracy": correct(known.logits, self.split.validation.labels[known.indices]),
             "validation_auroc": auroc(known.scores[""], unknown.scores[""]),
         }
 
@@ -203,10 +210,18 @@ class Trainer(State):
             raise NotFinite("the model's logits are not finite")
         return found
 
+    def tell_damage(self) -> None:
+        """Names the images that could not be read, each once; every process has to."""
+        split = self.split
+        parts = (split.train, split.validation, split.test, split.outliers, split.outlier_validation)
+        for line in damage_lines((*parts, *split.test_ood.values()), self.processes):
+            self.log(line)
+
     def judge(self, model: Classifier) -> Run:
         """Both models on the test, once, at the end."""
         assert self.baseline is not None
         plain, by_method = judge_both(self.baseline, model, self.method, self.split, self.lines, self.processes)
+        self.tell_damage()
         before, after = by_method
         old = {f"baseline/{name}": scores for name, scores in before.scores.items()}
         if self.processes.first:

@@ -4,4 +4,4 @@
 when it runs, so that help is at hand at once.
 """
 
-VERBS = ("train", "evaluate", "score", "compare", "plan", "select-outliers", "doctor")
+VERBS = ("train", "evaluate", "score", "compare", "plan", "check-data", "export", "select-outliers", "doctor")

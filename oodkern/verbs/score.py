@@ -13,7 +13,7 @@ from oodkern.verbs.common import EXIT_CODES, EXIT_OK, EXIT_USAGE, trained
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from oodkern.training import Detector
+    from oodkern.detector import Detector
 
 BATCH = 256
 
@@ -43,9 +43,9 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     from oodkern.config import ConfigError
     from oodkern.data import DataError
     from oodkern.data.images import image_files
-    from oodkern.training import load_run
+    from oodkern.detector import load
 
-    detector = load_run(options.run, options.checkpoint, options.device)
+    detector = load(options.run, options.checkpoint, options.device)
     paths: list[Path] = []
     for given in map(Path, options.words):
         if not given.exists():
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
 
 
 def print_scores(detector: Detector, paths: list[Path], images: Tensor, as_json: bool) -> None:
-    from oodkern.training.evaluation import name_of
+    from oodkern.detector import name_of
 
     found = detector.predict(images)
     for path, label, score, is_ood in zip(paths, *(one.tolist() for one in found), strict=True):

@@ -150,7 +150,8 @@ def test_names_of_augmentations():
     both = augmentation("flip+crop")
     images, random = torch.rand(3, 1, 8, 8), torch.rand(3, 3)
     assert torch.equal(both(images, random), crop(flip(images, random[:, :1]), random[:, 1:]))
-    with pytest.raises(ValueError, match=r"expected none, or one or more of crop, flip, vary joined by \+, got 'turn'"):
+    known = "crop, flip, vary, resized-crop, trivial, rand, jitter"
+    with pytest.raises(ValueError, match=rf"expected none, or one or more of {known} joined by \+, got 'turn'"):
         augmentation("turn")
 
 
