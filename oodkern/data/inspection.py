@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,11 @@ import torch
 
 from oodkern.data.damage import ONE_IN
 from oodkern.data.duplicates import FINE, SAME, Near, fine_likeness, near_duplicates, same_pixels
-from oodkern.data.embedded import as_canvases
-from oodkern.data.images import DataError, FileSet, ImageSet
-from oodkern.data.options import EMBEDDED, OWN, DataConfig, check, check_new, kind_of
+from oodkern.data.images import FileSet, ImageSet
+from oodkern.data.options import DataConfig
 from oodkern.data.parts import BATCH, ID_PARTS, OUTLIER_PARTS, Part
-from oodkern.data.sources import class_sizes, conform, open_source, open_unknown, part_of, split_images
-from oodkern.data.split import OODSplit, generator_of, hold_out, split_classes, without_shared_images
+from oodkern.data.sources import as_opened
+from oodkern.data.split import OODSplit, without_shared_images
 
 SHOWN = 24  # pairs of a finding
 NAMED = 5  # unreadable files
@@ -89,62 +88,22 @@ class Inspection:
         }
 
 
-def as_opened(data: DataConfig) -> tuple[OODSplit, dict[str, tuple[str, ...]]]:
-    """The parts as `build_split` makes them, with the images that it leaves out since they are in two parts.
-
-    And the classes of each source that bear the name of an ID class, by the key of the source.
-
-    Raises ValueError naming the key, and DataError naming the file.
-    """
-    check(data)
-    kind, _ = kind_of(data.name)
-    if kind == OWN:
-        raise ValueError(f"data.name: the images of {data.name} were given by a program, which alone can check them")
-    parts = open_source(data.name, data.channels or 3, data.size or 32, data.split, data.resize)
-    shape = next(iter(parts.values())).shape
-    channels, size = data.channels or shape[0], data.size or max(shape[1:])
-    parts = {name: conform(images, channels, size) for name, images in parts.items()}
-    count = len(part_of(parts, "train").classes)
-    if count < 2:
-        raise DataError(f"{data.name}: expected images of two classes at least")
-    split = split_images(data, parts, split_classes(count, class_sizes(data, count), data.split))
-    if kind == "digits-multilabel":
-        split = as_canvases(split, data.split)
-    sources = {f"data.ood.{name}": (source, "test") for name, source in data.ood.items()}
-    far = {"data.ood.far": ("photos", "test")} if kind in EMBEDDED else {}
-    check_new(data.ood, {**split.test_ood, **({"far": ""} if far else {})})
-    sources = {**far, **sources, **({"data.outliers": (data.outliers, "train")} if data.outliers else {})}
-    ood, namesakes = dict(split.test_ood), {}
-    outliers, outlier_validation = split.outliers, split.outlier_validation
-    for key, (source, part) in sources.items():
-        images, found = open_unknown(replace(split, namesakes=()), source, part, data.split)
-        split = replace(split, namesake_images=found.namesake_images)
-        namesakes[key] = found.namesakes
-        if key == "data.outliers":
-            outliers, outlier_validation = hold_out(images, data.validation, generator_of(data.split, 5))
-        else:
-            ood[key.removeprefix("data.ood.")] = images
-    names = tuple(sorted({name for found in namesakes.values() for name in found}))
-    split = replace(split, test_ood=ood, outliers=outliers, outlier_validation=outlier_validation, namesakes=names)
-    return split, namesakes
-
-
 def inspect(data: DataConfig, limit: int = 0, progress: bool = False) -> Inspection:
     """Reads every image, or `limit` of each part, and finds what is wrong.
 
     Errors: a picture of the outliers or of an OOD set that is an ID picture, an outlier that is a picture of the test,
-    a class of outliers or OOD that the ID set has, a part that is empty or of which more than one file in 1,000 cannot
-    be read. Warnings: pictures that are alike, ID pictures that are in two parts, classes without images, fewer
-    unreadable files. Memory is 288 bytes for an image.
+    a part that is empty or of which more than one file in 1,000 cannot be read. Warnings: pictures that are alike, ID
+    pictures that are in two parts, classes of outliers or OOD that the ID set has (which training leaves out), classes
+    without images, fewer unreadable files. Memory is 288 bytes for an image.
     """
-    split, namesakes = as_opened(data)
+    split = as_opened(data)
     named = {name: getattr(split, name) for name in (*ID_PARTS, *OUTLIER_PARTS)}
     named |= {f"ood.{name}": images for name, images in split.test_ood.items()}
     parts = {name: Part(name, images, split.classes if name in ID_PARTS else ()) for name, images in named.items()}
     for part in parts.values():
         part.read(limit, data.workers, progress)
     findings = [
-        *shared_classes(namesakes),
+        *shared_classes(split.namesakes),
         *(one for part in parts.values() for one in alone(part)),
         *unreadable(parts),
     ]
@@ -155,12 +114,10 @@ def inspect(data: DataConfig, limit: int = 0, progress: bool = False) -> Inspect
 
 
 def shared_classes(namesakes: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
-    for key, names in namesakes.items():
-        if names:
-            listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            yield Finding(
-                "error", "classes", f"{key}: {classes(len(names))} of the ID set too: {listed}", (), len(names)
-            )
+    for source, names in namesakes.items():
+        listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        text = f"{source}: {classes(len(names))} of the ID set too, and left out in training: {listed}"
+        yield Finding("warning", "classes", text, (), len(names))
 
 
 def alone(part: Part) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ RESERVED = ("id", "file", "allow_pickle")
 
 @dataclass
 class DataConfig:
-    __doc__ = f"A source is KIND:PATH, of {', '.join(KINDS)}; or digits, photos."
+    __doc__ = f"A source is KIND:PATH of {', '.join(KINDS)}."
 
     name: str = option("digits", "the labelled ID set: digits, digits-multilabel or a source")
     outliers: str = option("", "the source to train with; empty: held-out classes of the ID set")

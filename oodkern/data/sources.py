@@ -116,6 +116,11 @@ def build_split(data: DataConfig) -> OODSplit:
 
     Raises ValueError naming the key, and DataError naming the file.
     """
+    return ready(as_opened(data), data)
+
+
+def as_opened(data: DataConfig) -> OODSplit:
+    """The parts of `build_split` before images that are in two of them are left out, and whether any is empty."""
     check(data)
     kind, _ = kind_of(data.name)
     if kind == OWN:
@@ -157,7 +162,7 @@ def build_split(data: DataConfig) -> OODSplit:
         augmentation=augment,
         outlier_augmentation=augment_outliers,
     )
-    return ready(split, data)
+    return split
 
 
 def open_unknown(split: OODSplit, source: str, part: str, number: int | None) -> tuple[ImageSet, OODSplit]:
@@ -167,7 +172,7 @@ def open_unknown(split: OODSplit, source: str, part: str, number: int | None) ->
     others, names = without_known_classes(images, split.classes)
     split = replace(
         split,
-        namesakes=tuple(sorted({*split.namesakes, *names})),
+        namesakes={**split.namesakes, **({source: names} if names else {})},
         namesake_images=split.namesake_images + len(images) - len(others),
     )
     return conform(others.as_outliers(), channels, size), split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,17 +36,24 @@ class OODSplit:
     augmentation: str = "none"
     outlier_augmentation: str = "none"
     dropped: int = 0  # images that stood in two parts and were left out of one
-    namesakes: tuple[str, ...] = ()  # classes of outliers and OOD sets that bear the name of an ID class
-    namesake_images: int = 0  # theirs, which were left out
+    # Of outliers and OOD sets, by source: classes that bear the name of an ID class; and how many their images were,
+    # which were left out.
+    namesakes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    namesake_images: int = 0
     mixed: int = 0  # images of a multi-label set that show known and held-out classes, left out too
     resize: str = "stretch"  # how image files are, see DataConfig
+
+    @property
+    def shared_classes(self) -> tuple[str, ...]:
+        """Names of ID classes that outliers or an OOD set had too."""
+        return tuple(sorted({name for names in self.namesakes.values() for name in names}))
 
     @property
     def left_out(self) -> dict[str, int]:
         """Images that are in no part, by the reason."""
         found = {
             "being in two parts": self.dropped,
-            f"of {len(self.namesakes):,} classes that the ID set has too": self.namesake_images,
+            f"of {len(self.shared_classes):,} classes that the ID set has too": self.namesake_images,
             "showing known and held-out classes": self.mixed,
         }
         return {reason: count for reason, count in found.items() if count}

@@ -15,9 +15,9 @@ Reads every image of a configuration's sets, before anything is trained, and tel
 equal pixels, and by a perceptual hash copies that were coded, resized or mirrored otherwise. Also classes of the
 outliers and OOD sets that bear an ID class's name (or wnid), files that cannot be read, and counts.
 
-Errors are pictures of the outliers or an OOD set in the ID set, outliers in the test, shared classes, a part without
-images, and more than one unreadable file in 1,000. Pictures that only look alike, ID pictures that are in two parts
-and a few unreadable files are warnings. Training leaves out shared classes, equal pixels in memory and equal paths by
+Errors are pictures of the outliers or an OOD set in the ID set, outliers in the test, a part without images, and more
+than one unreadable file in 1,000. Pictures that only look alike, ID pictures that are in two parts, shared classes and
+a few unreadable files are warnings. Training leaves out shared classes, equal pixels in memory and equal paths by
 itself, and nothing else.
 
 Writes data-check.html, with the pairs side by side, and data-check.json to --out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from oodkern.verbs.common import EXIT_CODES, EXIT_OK, trained
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     from oodkern import tables
     from oodkern.config import ConfigError, load_config
     from oodkern.data import build_split
+    from oodkern.data.damage import damage_lines
     from oodkern.data.sources import with_more_ood
     from oodkern.training import evaluate, load_run
     from oodkern.training.certify import as_json, certify
@@ -55,6 +57,8 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
             f"{', '.join(split.classes)} at {split.train.shape}"
         )
     found = evaluate(detector.model, split, detector.method.score_name, detector.method.score)
+    for line in damage_lines((split.test, *split.test_ood.values())):
+        print(f"oodkern evaluate: {line}", file=sys.stderr)
     radii = {}
     if options.certificate:
         radii = {name: certify(detector, images) for name, images in {"id": split.test, **split.test_ood}.items()}

@@ -16,8 +16,8 @@ the run's training images: the closest is the recommended one. Draws the spectra
 outlier-sets.svg, in the folder of the run or in --out.
 
 Take a run of plain training (method=ce): a model that was trained with a set as outliers has pushed it away. Images
-of the ID set are left out of a candidate, but not other images of the same classes: such a set is close, and no
-outliers.
+of the ID set, and classes that bear the name of an ID class, are left out of a candidate, but not images of ID classes
+under other names: such a set is close, and no outliers.
 """
 EXAMPLES = f"""\
 examples:
@@ -25,7 +25,7 @@ examples:
   oodkern select-outliers runs/ce-seed0 textures=DIR svhn=folder:DIR letters=emnist:DIR
   oodkern select-outliers runs/ce-seed0 a=DIR b=DIR --images 8192 --seed 1 --out chosen --json
 
-sources of images, as KIND:DIR: as for data.outliers (see `oodkern train --help`), or photos, or a folder of images
+sources of images, as KIND:PATH: as for data.outliers (see `oodkern train --help`), or photos, or a folder of images
 
 {EXIT_CODES}
 """
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
         opened = open_candidates(sources, split, data.split)
         for name, (images, left_out) in opened.items():
             if left_out:
-                print(f"{name}: {left_out:,} images of the ID set left out, {len(images):,} stay", file=sys.stderr)
+                print(f"{name}: {left_out:,} images of the ID set or its classes left out, {len(images):,} stay", file=sys.stderr)
         ranked = rank_outlier_sets(
             detector.model,
             split.train,

@@ -29,8 +29,15 @@ examples:
   torchrun --nproc-per-node 8 -m oodkern train config.yaml --resume auto
                                               one model on 8 processes; batch sizes are of all of them
 
-sources of images, as KIND:DIR: idx and emnist (files of the MNIST family, plain or gzipped; emnist swaps the
-axes), cifar10, cifar100 (Python or binary version), folder (DIR/CLASS/*, or DIR/train and DIR/test of that)
+sources of images, as KIND:PATH:
+  folder          DIR/CLASS/*, or DIR/train and DIR/test (or val) of that
+  imglist         FILE[@ROOT], OpenOOD's lists: `relative/path label` a line, under ROOT or a folder above the list
+  wds             WebDataset shards: a folder of tar files, a glob, or shard-{{0000..0099}}.tar; an index is kept beside
+  npy             FILE, one array of images, uint8 [N, H, W, 3], unlabelled
+  cifar10, cifar100, svhn, idx, emnist
+                  DIR with their files: Python or binary version, .mat, MNIST's plain or gzipped (emnist swaps axes)
+  voc, coco       DIR with annotations of objects: several labels an image
+`oodkern check-data` with the same arguments tells what the sets share.
 
 The run folder (runs/METHOD-seedN) gets report.html, config.yaml, metrics.jsonl, scores.npz, environment.json,
 last.ckpt (to resume from) and best.ckpt (the best epoch on held-out training images).

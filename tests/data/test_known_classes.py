@@ -51,12 +51,12 @@ def test_wnids_of_outliers_and_ood_sets(tmp_path):
     outliers = [*split.outliers.paths, *split.outlier_validation.paths]
     assert {path.parent.name for path in outliers} == {"n02", "n03"}
     assert {path.parent.name for path in split.test_ood["far"].paths} == {"n04"}
-    assert (split.namesakes, split.namesake_images, split.dropped) == (("n01440764", "n01484850"), 18, 0)
+    assert (split.shared_classes, split.namesake_images, split.dropped) == (("n01440764", "n01484850"), 18, 0)
     assert split.describe().endswith("; left out, of 2 classes that the ID set has too: 18")
 
     more = with_more_ood(split, {"more": folders(tmp_path / "more", ["n01443537", "n05"], 4)}, None)
     assert {path.parent.name for path in more.test_ood["more"].paths} == {"n05"}
-    assert (len(more.namesakes), more.namesake_images) == (3, 22)
+    assert (len(more.shared_classes), more.namesake_images) == (3, 22)
 
     opened = open_candidates({"one": f"{data.outliers}"}, split, None)
     images, left_out = opened["one"]
@@ -76,7 +76,7 @@ def test_numbers_are_no_names(tmp_path):
         DataConfig(name=f"idx:{tmp_path / 'id'}", outliers=f"idx:{tmp_path / 'out'}", ood={"far": "photos"})
     )
     assert len(split.outliers) + len(split.outlier_validation) == 60
-    assert (split.namesakes, split.namesake_images) == ((), 0)
+    assert (split.shared_classes, split.namesake_images) == ((), 0)
 
 
 def test_nothing_left_of_images_of_another_shape():

@@ -218,7 +218,7 @@ def test_sources_of_several_labels_as_outliers(tmp_path):
     assert (len(split.train) + len(split.validation), len(split.test)) == (40, 20)
     # Cars and persons are classes of the ID set.
     assert len(split.outliers) + len(split.outlier_validation) == 12
-    assert (split.namesakes, split.namesake_images) == (("car", "person"), 12)
+    assert (split.shared_classes, split.namesake_images) == (("car", "person"), 12)
     assert (split.outliers.labels == -1).all()
     single = build_split(DataConfig(outliers=f"voc:{tmp_path / 'voc'}"))
     assert not single.multi_label

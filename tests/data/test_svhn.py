@@ -40,7 +40,7 @@ def test_svhn_as_the_id_set_and_as_outliers(tmp_path):
     assert "flip" not in split.augmentation
     split = build_split(DataConfig(outliers=f"svhn:{tmp_path}"))
     assert (len(split.outliers) + len(split.outlier_validation), split.outliers.shape) == (100, (1, 8, 8))
-    assert split.namesakes == (), "digits that are numbers are no names"
+    assert split.shared_classes == (), "digits that are numbers are no names"
 
 
 def test_svhn_files_that_are_damaged(tmp_path):
