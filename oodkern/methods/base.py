@@ -93,6 +93,14 @@ class Method:
         """What the loss takes from the starting model's logits of both training sets, such as margins: plain values."""
         return {}
 
+    def watch(self, decided: Mapping[str, Any], id_logits: Tensor, outlier_logits: Tensor) -> dict[str, float]:
+        """What the log keeps of the logits of held-out images beside accuracy and AUROC: names, `validation_...`."""
+        return {}
+
+    def warning(self, decided: Mapping[str, Any], watched: Mapping[str, float]) -> str:
+        """What a person should know of `watch`'s last numbers, in one line; "" where they are as they should be."""
+        return ""
+
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         """The loss of the options and of what was decided; of the options alone, to check them, where there is none."""
         raise NotImplementedError

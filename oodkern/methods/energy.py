@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from oodkern._options import option
 from oodkern.classifier import Output
 from oodkern.losses import EnergyLoss
-from oodkern.methods.base import Method, Setting, as_score
+from oodkern.methods.base import Method, Setting, as_score, check_share
 from oodkern.ops._checks import check_choice
 
 # Which quantiles of the starting model's energies become margins. See `auto_margins`.
 ID_QUANTILE, OUTLIER_QUANTILE = 0.25, 0.75
+ABOVE = "validation_above_margin_in"
 
 
 @dataclass
@@ -27,6 +28,9 @@ class EnergyOptions:
     margin_in: float = option(-25.0, "ID energies above it are penalised")
     margin_out: float = option(-7.0, "outliers' energies below it are penalised")
     temperature: float = option(1.0, "of the energy")
+    # With margins=auto three quarters of the ID images are above theirs at the start, and the hinges pull them down: a
+    # stage that ends with still more above it had a margin out of reach.
+    violation_warning: float = option(0.9, "share of held-out ID images above margin_in, at the end, that is told")
 
 
 def auto_margins(id_energies: Tensor, outlier_energies: Tensor) -> tuple[float, float]:
@@ -61,6 +65,13 @@ def decide_margins(options: Any, id_energies: Tensor, outlier_energies: Tensor) 
     }
 
 
+def violations(
+    id_energies: Tensor, outlier_energies: Tensor, margin_in: float, margin_out: float
+) -> tuple[float, float]:
+    """The share of ID energies [N] above `margin_in`, and of outliers' [M] below `margin_out`: what the hinges pull."""
+    return float((id_energies > margin_in).double().mean()), float((outlier_energies < margin_out).double().mean())
+
+
 def describe_margins(decided: Mapping[str, Any]) -> str:
     return (
         f"margins ({decided['margins']}): ID energies under {decided['margin_in']:.2f} "
@@ -91,6 +102,7 @@ class Energy(Method):
     def __init__(self, options: EnergyOptions, multi_label: bool = False) -> None:
         super().__init__(options, multi_label)
         check_margins(options)
+        check_share(options.violation_warning, "loss.violation_warning")
 
     def energy(self, logits: Tensor) -> Tensor:
         """What the margins speak of, and the score."""
@@ -102,12 +114,30 @@ class Energy(Method):
     def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
         return decide_margins(self.options, self.energy(id_logits), self.energy(outlier_logits))
 
+    def margins(self, decided: Mapping[str, Any]) -> tuple[float, float]:
+        """Those that were decided, or else those of the options."""
+        options = self.options
+        return decided.get("margin_in", options.margin_in), decided.get("margin_out", options.margin_out)
+
+    def watch(self, decided: Mapping[str, Any], id_logits: Tensor, outlier_logits: Tensor) -> dict[str, float]:
+        above, below = violations(self.energy(id_logits), self.energy(outlier_logits), *self.margins(decided))
+        return {ABOVE: above, "validation_below_margin_out": below}
+
+    def warning(self, decided: Mapping[str, Any], watched: Mapping[str, float]) -> str:
+        if watched[ABOVE] <= self.options.violation_warning:
+            return ""
+        return (
+            f"{watched[ABOVE]:.0%} of the held-out ID images have an energy above margin_in "
+            f"({self.margins(decided)[0]:.2f}), more than loss.violation_warning: it is out of reach for this model"
+        )
+
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
+        margin_in, margin_out = self.margins(decided)
         return EnergyLoss(
             options.alpha,
-            margin_in=decided.get("margin_in", options.margin_in),
-            margin_out=decided.get("margin_out", options.margin_out),
+            margin_in=margin_in,
+            margin_out=margin_out,
             temperature=options.temperature,
             multi_label=self.multi_label,
         )

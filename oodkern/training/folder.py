@@ -25,6 +25,7 @@ OUTPUTS = (
     "best.ckpt",
     "scores.npz",
     "report.html",
+    "calibration.svg",  # of `calibrate`
     "outlier-sets.svg",  # of `select-outliers`, which looks at the run's model
     "model.pt2",  # of `export`, as the next one
     "model.onnx",

@@ -25,6 +25,7 @@ class State:
         self.method: Method = METHODS[config.method](config.loss, split.multi_label)
         self.started, self.seconds_before = time.perf_counter(), 0.0
         self.decided: dict[str, Any] = {}
+        self.watched: dict[str, float] = {}  # by the method, of the last validation
         self.threshold = float("nan")
         self.best = -1.0  # the validation of best.ckpt
         self.baseline: Classifier | None = None

@@ -177,13 +177,16 @@ class Trainer(State):
 
     def end_epoch(self, stage: Stage) -> None:
         found, means = self.validate(stage), stage.means()
-        values = {"lr": stage.optimizer.param_groups[0]["lr"], **means, **found}
+        values = {"lr": stage.optimizer.param_groups[0]["lr"], **means, **found, **self.watched}
         self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, **values)
         if self.board is not None:
             self.board.write(stage.name, stage.steps_before + stage.step, values)
         if stage.kind == "method" and sum(found.values()) > self.best:
             self.best = sum(found.values())
             self.save_best(stage)
+        # At the end alone: a function of that epoch's numbers, whether or not the run was resumed.
+        if self.watched and stage.step == stage.steps and (line := self.method.warning(self.decided, self.watched)):
+            self.log(f"warning: {line}; `oodkern calibrate {self.config.folder}` proposes others")
         try:
             stage.objective.check_epoch(means)
         except ValueError as error:
@@ -199,6 +202,8 @@ class Trainer(State):
         known, unknown = (self.scored(stage.model, images, {"": self.method.score}) for images in parts)
         self.tell_damage()
         self.threshold = threshold_at_recall(known.scores[""])
+        if stage.kind == "method":
+            self.watched = self.method.watch(self.decided, known.logits, unknown.logits)
         return {
             "validation_accuracy": correct(known.logits, self.split.validation.labels[known.indices]),
             "validation_auroc": auroc(known.scores[""], unknown.scores[""]),

@@ -4,4 +4,7 @@
 when it runs, so that help is at hand at once.
 """
 
-VERBS = ("train", "evaluate", "score", "compare", "plan", "check-data", "export", "select-outliers", "doctor")
+VERBS = (
+    *("train", "evaluate", "score", "export", "compare", "plan"),
+    *("check-data", "calibrate", "select-outliers", "doctor"),
+)

@@ -72,7 +72,10 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
         opened = open_candidates(sources, split, data.split)
         for name, (images, left_out) in opened.items():
             if left_out:
-                print(f"{name}: {left_out:,} images of the ID set or its classes left out, {len(images):,} stay", file=sys.stderr)
+                print(
+                    f"{name}: {left_out:,} images of the ID set or its classes left out, {len(images):,} stay",
+                    file=sys.stderr,
+                )
         ranked = rank_outlier_sets(
             detector.model,
             split.train,
