@@ -26,7 +26,7 @@ def blocks(text, language):
 def test_python_blocks_run(readme, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(readme, "python")
-    assert len(found) == 7
+    assert len(found) == 8
     names: dict = {}
     exec(found[0], names)
     assert (names["energy"].shape, names["energy"].dtype) == ((256,), torch.float32)
@@ -53,6 +53,9 @@ def test_python_blocks_run(readme, tmp_path, monkeypatch):
     exec(found[6], names)
     assert torch.equal(names["bank"], names["outliers"].latents)
     assert names["bank"].shape == (6 * 10 * 2, 32)
+    assert main(["train", "--quiet", "epochs=1", "pretrain.epochs=1", "model.width=4"]) == 0
+    exec(found[7], names)
+    assert (len(names["names"]), names["score"].shape, names["is_ood"].dtype) == (5, (3,), torch.bool)
 
 
 def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
@@ -82,6 +85,7 @@ BOTH, ONE = ("auroc", "fpr95_ood_positive"), ("auroc",)
 COMPARISONS = {
     "digits-15-splits": BOTH,
     "digits-multilabel-15-splits": BOTH,
+    "cifar10-folders": ONE,
     "fashion-mnist": ONE,
     "fashion-mnist-narrow-outliers": ONE,
 }

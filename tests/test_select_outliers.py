@@ -190,7 +190,7 @@ def test_verb_tells_of_id_images_that_it_left_out(run, capsys, monkeypatch):
     if "multilabel" in (run / "r" / "config.yaml").read_text():  # its canvases are no digits
         assert captured.err == ""
     else:
-        assert captured.err == "rest: 1,083 images of the ID set left out, 714 stay\n"
+        assert captured.err == "rest: 1,083 images of the ID set or its classes left out, 714 stay\n"
 
 
 def test_help_teaches(capsys):

@@ -118,11 +118,10 @@ def plan(
     """
     configs = [of_method(config, name) for name in chosen_methods(config, methods)]
     device = find_device(config.device)
-    if split is None:
-        try:
-            split = build_split(config.data)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        split = split or build_split(config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     room, source = memory, "--memory"
     if room is None and device.type == "cuda":
         room, source = torch.cuda.get_device_properties(device).total_memory, "device"
