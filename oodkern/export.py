@@ -92,7 +92,7 @@ def export(
     path = Path(path)
     kind = check(path, opset)
     eager = copy.deepcopy(detector)
-    eager.model.to("cpu", torch.float32).eval()
+    eager.model.to("cpu", torch.float32).eval().requires_grad_(False)  # nor does what the file gives require one
     size = sum(one.numel() * one.element_size() for one in eager.model.state_dict().values())
     if kind == "onnx" and size > ONNX_BYTES:
         raise ExportError(f"{path}: expected a model of 2 GB at most in an .onnx, got {size / 1e9:.1f} GB; take .pt2")

@@ -39,6 +39,7 @@ import torch
 extra = {"oodkern.json": ""}
 program = torch.export.load(path, extra_files=extra).module()
 found = program(torch.from_numpy(images))
+assert not found[1].requires_grad
 print(json.dumps([json.loads(extra["oodkern.json"]), *(one.tolist() for one in found)]))
 """
 )

@@ -17,6 +17,9 @@ from oodkern.ops._checks import check_choice
 # Which quantiles of the starting model's energies become margins. See `auto_margins`.
 ID_QUANTILE, OUTLIER_QUANTILE = 0.25, 0.75
 ABOVE = "validation_above_margin_in"
+# With margins=auto three quarters of the ID images are above theirs at the start, and the hinges pull them down: a
+# stage that ends with still more above it had a margin out of reach.
+VIOLATION_WARNING = 0.9
 
 
 @dataclass
@@ -28,9 +31,9 @@ class EnergyOptions:
     margin_in: float = option(-25.0, "ID energies above it are penalised")
     margin_out: float = option(-7.0, "outliers' energies below it are penalised")
     temperature: float = option(1.0, "of the energy")
-    # With margins=auto three quarters of the ID images are above theirs at the start, and the hinges pull them down: a
-    # stage that ends with still more above it had a margin out of reach.
-    violation_warning: float = option(0.9, "share of held-out ID images above margin_in, at the end, that is told")
+    violation_warning: float = option(
+        VIOLATION_WARNING, "share of held-out ID images above margin_in, at the end, that is told"
+    )
 
 
 def auto_margins(id_energies: Tensor, outlier_energies: Tensor) -> tuple[float, float]:
@@ -72,6 +75,27 @@ def violations(
     return float((id_energies > margin_in).double().mean()), float((outlier_energies < margin_out).double().mean())
 
 
+def margins_of(options: Any, decided: Mapping[str, Any]) -> tuple[float, float]:
+    """Those that were decided, or else those of the options."""
+    return decided.get("margin_in", options.margin_in), decided.get("margin_out", options.margin_out)
+
+
+def watch_margins(margins: tuple[float, float], id_energies: Tensor, outlier_energies: Tensor) -> dict[str, float]:
+    """What the log keeps of held-out images' energies."""
+    above, below = violations(id_energies, outlier_energies, *margins)
+    return {ABOVE: above, "validation_below_margin_out": below}
+
+
+def margin_warning(options: Any, decided: Mapping[str, Any], watched: Mapping[str, float]) -> str:
+    """In one line that more than `violation_warning` of the ID images violate their margin, or ""."""
+    if watched.get(ABOVE, 0.0) <= options.violation_warning:
+        return ""
+    return (
+        f"{watched[ABOVE]:.0%} of the held-out ID images have an energy above margin_in "
+        f"({margins_of(options, decided)[0]:.2f}), more than loss.violation_warning: it is out of reach for this model"
+    )
+
+
 def describe_margins(decided: Mapping[str, Any]) -> str:
     return (
         f"margins ({decided['margins']}): ID energies under {decided['margin_in']:.2f} "
@@ -84,6 +108,7 @@ def check_margins(options: Any) -> None:
     check_choice(options.margins, "loss.margins", ("auto", "fixed"))
     if options.margins == "auto":
         check_left_alone(options, ("margin_in", "margin_out"), "loss.margins=fixed")
+    check_share(options.violation_warning, "loss.violation_warning")
 
 
 def check_left_alone(options: Any, names: Sequence[str], counts_with: str) -> None:
@@ -102,7 +127,6 @@ class Energy(Method):
     def __init__(self, options: EnergyOptions, multi_label: bool = False) -> None:
         super().__init__(options, multi_label)
         check_margins(options)
-        check_share(options.violation_warning, "loss.violation_warning")
 
     def energy(self, logits: Tensor) -> Tensor:
         """What the margins speak of, and the score."""
@@ -114,26 +138,16 @@ class Energy(Method):
     def decide(self, id_logits: Tensor, outlier_logits: Tensor) -> dict[str, Any]:
         return decide_margins(self.options, self.energy(id_logits), self.energy(outlier_logits))
 
-    def margins(self, decided: Mapping[str, Any]) -> tuple[float, float]:
-        """Those that were decided, or else those of the options."""
-        options = self.options
-        return decided.get("margin_in", options.margin_in), decided.get("margin_out", options.margin_out)
-
     def watch(self, decided: Mapping[str, Any], id_logits: Tensor, outlier_logits: Tensor) -> dict[str, float]:
-        above, below = violations(self.energy(id_logits), self.energy(outlier_logits), *self.margins(decided))
-        return {ABOVE: above, "validation_below_margin_out": below}
+        margins = margins_of(self.options, decided)
+        return watch_margins(margins, self.energy(id_logits), self.energy(outlier_logits))
 
     def warning(self, decided: Mapping[str, Any], watched: Mapping[str, float]) -> str:
-        if watched[ABOVE] <= self.options.violation_warning:
-            return ""
-        return (
-            f"{watched[ABOVE]:.0%} of the held-out ID images have an energy above margin_in "
-            f"({self.margins(decided)[0]:.2f}), more than loss.violation_warning: it is out of reach for this model"
-        )
+        return margin_warning(self.options, decided, watched)
 
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
-        margin_in, margin_out = self.margins(decided)
+        margin_in, margin_out = margins_of(options, decided)
         return EnergyLoss(
             options.alpha,
             margin_in=margin_in,

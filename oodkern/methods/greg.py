@@ -17,7 +17,7 @@ from oodkern._options import option
 from oodkern.classifier import Classifier
 from oodkern.losses import GRegLoss
 from oodkern.methods.base import Setting, generator_of
-from oodkern.methods.energy import Energy, EnergyOptions
+from oodkern.methods.energy import Energy, EnergyOptions, margins_of
 from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import gradient_penalty, linear_energy, linear_joint_energy
 from oodkern.ops._checks import check_choice, is_fake
@@ -76,11 +76,12 @@ class GReg(Energy):
 
     def build_loss(self, decided: Mapping[str, Any], setting: Setting | None = None) -> nn.Module:
         options = self.options
+        margin_in, margin_out = margins_of(options, decided)
         return GRegLoss(
             options.alpha,
             options.beta,
-            margin_in=decided.get("margin_in", options.margin_in),
-            margin_out=decided.get("margin_out", options.margin_out),
+            margin_in=margin_in,
+            margin_out=margin_out,
             gradient_scale=options.gradient_scale,
             temperature=options.temperature,
             multi_label=self.multi_label,

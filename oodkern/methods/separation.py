@@ -12,7 +12,16 @@ from oodkern._options import option
 from oodkern.classifier import Output
 from oodkern.losses import EnergyLoss, OutlierExposureLoss, SeparationLoss
 from oodkern.methods.base import Method, Setting, as_score, check_share
-from oodkern.methods.energy import check_left_alone, check_margins, decide_margins, describe_margins
+from oodkern.methods.energy import (
+    VIOLATION_WARNING,
+    check_left_alone,
+    check_margins,
+    decide_margins,
+    describe_margins,
+    margin_warning,
+    margins_of,
+    watch_margins,
+)
 from oodkern.methods.objective import Batch, Loss, Objective, Rows, parted
 from oodkern.ops import alignment
 from oodkern.ops._checks import check_choice, check_non_negative
@@ -36,6 +45,9 @@ class SeparationOptions:
     margins: str = option("auto", "of energy: auto, from the starting model's energies; fixed: the two numbers below")
     margin_in: float = option(-25.0, "ID energies above it are penalised")
     margin_out: float = option(-7.0, "outliers' energies below it are penalised")
+    violation_warning: float = option(
+        VIOLATION_WARNING, "of energy: share of held-out ID images above margin_in, at the end, that is told"
+    )
     score_reduction: str = option(
         "mean", "of the score's alignment over the classes: mean, or sum as the released code"
     )
@@ -51,7 +63,9 @@ class Separation(Method):
         check_share(options.start, "loss.start")
         check_choice(options.outlier_loss, "loss.outlier_loss", OUTLIER_LOSSES)
         if options.outlier_loss == "oe":
-            check_left_alone(options, ("margins", "margin_in", "margin_out"), "loss.outlier_loss=energy")
+            check_left_alone(
+                options, ("margins", "margin_in", "margin_out", "violation_warning"), "loss.outlier_loss=energy"
+            )
         check_margins(options)
         check_non_negative(options.weight, "loss.weight")
         if options.separation == "projection" and options.sep_reduction != "auto":
@@ -69,6 +83,15 @@ class Separation(Method):
             return {}
         return decide_margins(self.options, as_score("energy", id_logits), as_score("energy", outlier_logits))
 
+    def watch(self, decided: Mapping[str, Any], id_logits: Tensor, outlier_logits: Tensor) -> dict[str, float]:
+        if self.options.outlier_loss == "oe":
+            return {}
+        margins = margins_of(self.options, decided)
+        return watch_margins(margins, as_score("energy", id_logits), as_score("energy", outlier_logits))
+
+    def warning(self, decided: Mapping[str, Any], watched: Mapping[str, float]) -> str:
+        return margin_warning(self.options, decided, watched)
+
     def describe(self, decided: dict[str, Any]) -> str:
         return describe_margins(decided)
 
@@ -76,8 +99,7 @@ class Separation(Method):
         options = self.options
         outlier_loss: OutlierExposureLoss | EnergyLoss = OutlierExposureLoss(options.weight or 0.5)
         if options.outlier_loss == "energy":
-            margins = (decided.get(name, getattr(options, name)) for name in ("margin_in", "margin_out"))
-            outlier_loss = EnergyLoss(options.weight or 0.1, *margins)
+            outlier_loss = EnergyLoss(options.weight or 0.1, *margins_of(options, decided))
         return SeparationLoss(
             options.alpha,
             options.beta,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Calibration:
     outlier_energies: Tensor
     margin_in: float
     margin_out: float
+    temperature: float = 1.0
 
     @property
     def separate(self) -> bool:
@@ -46,8 +48,15 @@ class Calibration:
 
     @property
     def words(self) -> str:
-        """The proposal as `oodkern train` takes it."""
-        return f"loss.margins=fixed loss.margin_in={self.margin_in:.4g} loss.margin_out={self.margin_out:.4g}"
+        """The proposal as `oodkern train` takes it, to four digits or a hundredth of the margins' distance."""
+        # Energies of many classes are large and close: -1234.6 and -1234.4 to four digits are no margins.
+        largest = max(abs(self.margin_in), abs(self.margin_out))
+        digits = max(4, 3 + math.ceil(math.log10(largest / (self.margin_out - self.margin_in))))
+        at = "" if self.temperature == 1 else f" loss.temperature={self.temperature:g}"
+        return (
+            f"loss.margins=fixed loss.margin_in={self.margin_in:.{digits}g} "
+            f"loss.margin_out={self.margin_out:.{digits}g}{at}"
+        )
 
     def margins(self) -> dict[str, tuple[float, float, float, float]]:
         """Of the proposal and of published margins: both, the ID share above the one, the outliers' below the other."""
@@ -70,6 +79,7 @@ class Calibration:
             "separate": self.separate,
             "margin_in": self.margin_in,
             "margin_out": self.margin_out,
+            "temperature": self.temperature,
             "margins": {name: dict(zip(names, values, strict=True)) for name, values in self.margins().items()},
         }
 
@@ -90,7 +100,7 @@ def calibrate(
         return found
 
     sides = energies(known), energies(outliers)
-    return Calibration(*sides, *auto_margins(*sides))
+    return Calibration(*sides, *auto_margins(*sides), temperature)
 
 
 def calibration_text(found: Calibration, checkpoint: str, figure: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from oodkern.verbs.common import EXIT_CODES, EXIT_OK
@@ -43,18 +44,23 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     from oodkern._files import write_text
     from oodkern.config import ConfigError
     from oodkern.data import build_split
+    from oodkern.data.damage import damage_lines
     from oodkern.detector import load, read_checkpoint
+    from oodkern.methods.energy import EnergyOptions
     from oodkern.report.calibration import calibration_figure
     from oodkern.training.calibration import calibrate, calibration_text
 
     baseline = options.checkpoint == "baseline"
-    detector = load(options.run, "last" if baseline else options.checkpoint, options.device)
-    if baseline:
-        weights = read_checkpoint(Path(options.run) / "last.ckpt")["baseline"]
-        if weights is None:
-            raise ConfigError(f"--checkpoint: {options.run} has no starting model yet; expected last")
+    # Where there is a starting model there is a best.ckpt, also of a run that stopped within an epoch.
+    weights = read_checkpoint(Path(options.run) / "last.ckpt")["baseline"] if baseline else None
+    if baseline and weights is None:
+        raise ConfigError(f"--checkpoint: {options.run} has no starting model yet; expected last")
+    detector = load(options.run, "best" if baseline else options.checkpoint, options.device)
+    if weights is not None:
         detector.model.load_state_dict(weights)
     config = detector.config
+    # Other methods' temperatures are not of the energy.
+    temperature = config.loss.temperature if isinstance(config.loss, EnergyOptions) else 1.0
     try:
         split = build_split(config.data)
         if split.train.shape != detector.shape:
@@ -64,10 +70,12 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
             split.validation,
             split.outlier_validation,
             split.multi_label,
-            getattr(config.loss, "temperature", 1.0),
+            temperature,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    for line in damage_lines((split.validation, split.outlier_validation)):
+        print(f"oodkern calibrate: {line}", file=sys.stderr)
     figure = Path(options.out or options.run) / "calibration.svg"
     figure.parent.mkdir(parents=True, exist_ok=True)
     write_text(figure, calibration_figure(found))
