@@ -35,11 +35,14 @@ class Damage:
         return self.flags.nonzero().flatten().tolist()
 
     def note(self, *numbers: int) -> None:
-        """Counts files, each once. Raises DataError with their number and the first names past the limit."""
-        fresh = [number for number in numbers if not self.flags[number]]
-        for number in fresh:
+        """Counts files, each once. Raises DataError with their number and the first names past the limit.
+
+        Also where all were counted before: a loader's worker that found the last of them may have said so in a batch
+        that nobody took.
+        """
+        for number in numbers:
             self.flags[number] = 1
-        if not fresh or len(found := self.found) <= self.limit:
+        if not numbers or len(found := self.found) <= self.limit:
             return
         names = ", ".join(map(self.name, found[:NAMED])) + (", ..." if len(found) > NAMED else "")
         raise DataError(

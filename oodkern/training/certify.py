@@ -33,7 +33,8 @@ def certify(detector: Detector, images: ImageSet, limit: int = SAMPLE, batch_siz
     device = next(model.parameters()).device
     radii, norms = [], []
     for batch in evenly_spaced(len(images), limit).split(batch_size):
-        found = certified_radius(score, images.images(batch).to(device), detector.threshold)
+        seen, _ = images.readable(batch)
+        found = certified_radius(score, seen.to(device), detector.threshold)
         radii.append(found.radius.cpu())
         norms.append(found.gradient_norm.cpu())
     return summary(torch.cat(radii), torch.cat(norms))

@@ -165,3 +165,13 @@ def test_processes_know_what_the_others_read(tmp_path):
     assert [whole for whole, _, _ in found] == [alone] * 2
     assert [flags for _, _, flags in found] == [[3, 8]] * 2
     assert [len(lines) for _, lines, _ in found] == [2, 0]
+
+
+def test_what_a_batch_that_nobody_took_found_out_is_not_forgotten():
+    """A worker crosses the limit in a batch it prefetched, and its error goes the way of the batch."""
+    damage = Damage(40, str, lambda number: None)
+    damage.note(9)
+    damage.flags[38] = 1  # by the worker
+    with pytest.raises(DataError, match="2 of 40 image files cannot be read"):
+        damage.note(9)
+    damage.note()
