@@ -135,6 +135,7 @@ def test_what_cannot_be_asked_for(run, tmp_path, monkeypatch, capsys):
         (("--opset", "17", "--format", "onnx"), "opset: expected 18 or more, got 17"),
         (("--out", f"{tmp_path}/a.pt2", "--format", "both"), "--format: expected pt2 with --out "),
         (("--opset", "18"), "--opset: counts with --format onnx or both, got 18"),
+        (("--out", f"{tmp_path}/a.pt"), "--out: expected a folder, or a file that ends in .pt2 or .onnx"),
         (("--out", str(run.folder / "config.yaml")), "--out: expected a folder, or a file that ends in .pt2 or .onnx"),
     ):
         assert main(["export", str(run.folder), *words]) == 2

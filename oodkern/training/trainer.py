@@ -229,8 +229,11 @@ class Trainer(State):
         self.tell_damage()
         before, after = by_method
         old = {f"baseline/{name}": scores for name, scores in before.scores.items()}
+        # Where images could not be read: which ones the rows are of.
+        sets = {"id": self.split.test, **self.split.test_ood}
+        rows = {f"indices/{name}": kept for name, kept in after.indices.items() if len(kept) < len(sets[name])}
         if self.processes.first:
-            files.save_scores(self.config.folder / "scores.npz", {**after.scores, **old})
+            files.save_scores(self.config.folder / "scores.npz", {**after.scores, **old, **rows})
         return Run(
             folder=self.config.folder,
             config=self.config,

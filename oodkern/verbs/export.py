@@ -85,7 +85,7 @@ def paths_of(options: argparse.Namespace) -> list[Path]:
             raise ConfigError(f"--format: expected {out.suffix[1:]} with --out {out}, got {options.format}")
         paths = [out]
     else:
-        if out.is_file():
+        if out.is_file() or (options.out and out.suffix and not out.is_dir()):  # model.pt is not meant for a folder
             raise ConfigError(f"--out: expected a folder, or a file that ends in .pt2 or .onnx, got {out}")
         chosen = {"both": SUFFIXES, "onnx": (".onnx",)}.get(options.format, (".pt2",))
         paths = [out / f"model{suffix}" for suffix in chosen]

@@ -74,6 +74,15 @@ def test_rows_of_an_evaluation_are_of_images_that_are_there(whole):
     assert run.method.accuracy == evaluation.correct(logits, again.labels)
 
 
+def test_the_scores_say_whose_they_are(whole):
+    run, _ = whole
+    with np.load(run.folder / "scores.npz") as stored:
+        kept = {name.partition("/")[2]: stored[name] for name in stored if name.startswith("indices/")}
+        assert set(kept) == {"id", "far"}
+        assert sorted(set(range(24)) - set(kept["far"].tolist())) == [7]
+        assert len(kept["id"]) == len(stored["id"]) == 47
+
+
 def test_a_resumed_run_with_workers_ends_alike(sets, whole, tmp_path, monkeypatch):
     run, _ = whole
     config = configured(sets, tmp_path, "data.workers=2")
