@@ -37,6 +37,18 @@ inline void check_same_columns(const Tensor& tensor, const char* name, const Ten
       ": expected a matrix of as many columns, and in the dtype, as the first");
 }
 
+// In the dtype of the features or, of what they need not be rounded to, float32 beside 16-bit features.
+inline bool goes_beside(const Tensor& tensor, const Tensor& features) {
+  const ScalarType dtype = features.scalar_type();
+  const bool halves = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  return tensor.scalar_type() == dtype || (halves && tensor.scalar_type() == ScalarType::Float);
+}
+
+inline void check_columns_beside(const Tensor& tensor, const char* name, const Tensor& features) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == features.size(1) && goes_beside(tensor, features), name,
+                  ": expected a matrix of as many columns as the first, in its dtype or in float32 beside 16 bits");
+}
+
 inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& logits, const char* of = "logits") {
   std::vector<int64_t> expected = sizes_of(logits);
   expected.pop_back();

@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "float temperature) -> Tensor");
 
   // Room `select`.
-  m.def("nearest_center(Tensor features, Tensor centers) -> (Tensor, Tensor)");
+  m.def("nearest_center(Tensor features, Tensor centers, bool normalize=False) -> (Tensor, Tensor)");
   m.def("cluster_extremes(Tensor score, Tensor cluster, int clusters, int per_side) -> (Tensor, Tensor)");
   // Seeds [R, k] of k-means from distances [N, N] and random numbers [k, R, candidates].
   m.def("kmeans_seeds(Tensor distance, Tensor uniform) -> Tensor");

@@ -33,7 +33,9 @@ from oodkern.schema import (
     SUITED,
     SUITED_DATA,
     TrainConfig,
+    check_outliers,
 )
+from oodkern.schema import OutlierPoolConfig as OutlierPoolConfig
 
 
 class ConfigError(Exception):
@@ -230,6 +232,7 @@ def check_values(config: TrainConfig) -> None:
         method = METHODS[config.method](config.loss, config.multi_label)
         method.check_batches(config.optimizer.batch_size, config.optimizer.outlier_batch_size)
         check_scale(config, method)
+        check_outliers(config.outliers, method)
     except ValueError as error:
         # A loss speaks of its arguments, which are the keys of a group here.
         named = hasattr(config.loss, re.split(r"[:,\[]", str(error))[0])

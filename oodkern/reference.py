@@ -118,9 +118,9 @@ def linear_scores(
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Each row divided by its norm; a row of zeros stays one, with gradient zero."""
+    """Each row divided by its norm; a row of zeros stays one, with gradient zero, and one with a NaN is all NaN."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0)
+    return torch.where(norm != 0, rows / torch.where(norm != 0, norm, 1.0), 0.0)
 
 
 @unrounded
@@ -233,9 +233,9 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
     return temperature * temperature * torch.where(taught, (q - p + weighted).sum(-1), 0.0)
 
 
-def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of the nearest center of each row, and the squared distance to it."""
-    x, c = widen(features), widen(centers)
+def nearest_center(features: Tensor, centers: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """The index of the nearest center of each row, or with `normalize` of its unit, and the squared distance to it."""
+    x, c = unit(widen(features)) if normalize else widen(features), widen(centers)
     distance, index = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").square().min(-1)
     return index, distance
 

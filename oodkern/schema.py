@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from oodkern._options import option
 from oodkern.data.options import DataConfig, is_multi_label, path_of
 from oodkern.methods import METHODS
 from oodkern.models import ModelConfig
+from oodkern.pools.policies import POLICIES, Policy
 
 PRECISIONS, OPTIMIZERS, SCHEDULES = ("fp32", "bf16", "fp16"), ("sgd", "adamw"), ("cosine", "step", "constant")
 HEADS = ("full", "fused")
@@ -18,6 +20,17 @@ BATCH_NORMS = ("batch", "frozen", "sync")
 IMPLEMENTATIONS = ("auto", "fused", "foreach")
 COMPILED = ("none", "backbone")
 PARALLEL = ("ddp", "fully_shard")
+AUTO = "auto"  # a pool that the run makes itself
+POLICY_OPTIONS: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "energy-window": ("low", "high", "score"),
+    "ntom": ("quantile", "score"),
+    "margin": ("threshold", "score"),
+    "top-k": ("score", "largest"),
+    "poem": (),
+    "dos": ("clusters", "score"),
+    "gregplus": ("clusters", "two_way", "score"),
+}
 
 # Defaults of an embedded set, and of a method on it, where they are not those of the schema: found by hand, on splits
 # other than those that the README reports, but for energy's alpha, where 0.0001 was tried on these before 0.0003.
@@ -76,6 +89,30 @@ class ScheduleConfig:
 
 
 @dataclass
+class OutlierPoolConfig:
+    """Outliers chosen among cached features of them all, again and again while the model moves."""
+
+    pool: str = option(
+        "",
+        "features of the images of data.outliers, by `oodkern extract`; auto: made as fine-tuning begins; empty: none",
+    )
+    policy: str = option("gregplus", f"how images are chosen: {', '.join(POLICIES)}")
+    refresh: str = option("epoch", "when they are chosen anew: epoch, or every so many steps")
+    count: int = option(0, "images chosen at a time; 0: as many as are used until the next choice")
+    extract_every: int = option(0, "epochs after which features are made anew, by the model as it is then; 0: never")
+    clusters: int = option(64, "of gregplus, dos: of the features")
+    two_way: bool = option(
+        True, "of gregplus: of each cluster the lowest and the highest energy; false: the lowest alone"
+    )
+    low: float = option(0.0, "of energy-window: the quantile of the pool's scores at which it begins")
+    high: float = option(0.25, "of energy-window: and at which it ends")
+    quantile: float = option(0.125, "of ntom: the share of the pool, by score, that is passed over")
+    score: str = option("energy", "of all but uniform and poem: energy, joint_energy, max_logit or msp")
+    largest: bool = option(False, "of top-k: the largest scores; false: the smallest")
+    threshold: float | None = option(None, "of margin: the score to be nearest to")
+
+
+@dataclass
 class TrainConfig:
     method: str = option("energy", f"one of {', '.join(METHODS)}")
     epochs: int = option(10, "of fine-tuning: passes over the ID images")
@@ -103,6 +140,7 @@ class TrainConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    outliers: OutlierPoolConfig = field(default_factory=OutlierPoolConfig)
     loss: Any = None  # the options of the method
 
     @property
@@ -118,3 +156,39 @@ class TrainConfig:
     @property
     def multi_label(self) -> bool:
         return is_multi_label(self.data.name)
+
+
+def policy_of(options: OutlierPoolConfig, **own: Any) -> Policy:
+    """The policy that a run chooses outliers by, of those options that are its, and of its own arguments.
+
+    Raises ValueError, naming the option.
+    """
+    if options.policy == "margin" and options.threshold is None:
+        raise ValueError("threshold: expected a number, which outliers.policy=margin needs, got null")
+    return POLICIES[options.policy](**{name: getattr(options, name) for name in POLICY_OPTIONS[options.policy]}, **own)
+
+
+def check_outliers(options: OutlierPoolConfig, method: Any) -> None:
+    """Raises ValueError, naming the key, for what no training can be made of, before any file is opened."""
+    if options.policy not in POLICIES:
+        close = difflib.get_close_matches(options.policy, POLICIES, n=1, cutoff=0.5)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"outliers.policy: expected one of {', '.join(POLICIES)}, got {options.policy!r}{guess}")
+    if not re.fullmatch(r"epoch|0*[1-9]\d{0,11}", options.refresh):
+        raise ValueError(f"outliers.refresh: expected epoch or a number of steps from 1 on, got {options.refresh!r}")
+    for key in ("count", "extract_every"):
+        if getattr(options, key) < 0:
+            raise ValueError(f"outliers.{key}: expected 0 or more, got {getattr(options, key)}")
+    if not options.pool:
+        given = next((one.name for one in fields(options) if getattr(options, one.name) != one.default), "")
+        if given:
+            raise ValueError(f"outliers.pool: expected features, or auto, for outliers.{given} to count; got none")
+        return
+    if not method.uses_outliers:
+        raise ValueError(
+            f"outliers.pool: expected none, since {method.name} takes no outlier images, got {options.pool}"
+        )
+    try:
+        policy_of(options)
+    except ValueError as error:
+        raise ValueError(f"outliers.{error}") from None

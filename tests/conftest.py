@@ -20,6 +20,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
+    # Files with slow tests first: one that begins last leaves the other processes of `-n` with nothing to do.
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -88,6 +88,11 @@ def test_resolved_configuration_reads_back(tmp_path):
         (["optimizer.weight_decay=-1"], "optimizer.weight_decay: expected 0 or more, got -1.0"),
         (["output=/dev/null"], "output, name: expected a folder, and /dev/null"),
         (["loss.alpha=-1"], "alpha: expected a finite number that is not negative, got -1.0"),
+        (["outliers.pool=x", "outliers.policy=gregpls"], "outliers.policy: expected one of uniform, energy-window,"),
+        (["outliers.policy=gregpls"], "gregplus, got 'gregpls' (did you mean gregplus?)"),
+        (["outliers.pool=x", "outliers.refresh=0"], "outliers.refresh: expected epoch or a number of steps from 1 on"),
+        (["outliers.refresh=9"], "outliers.pool: expected features, or auto, for outliers.refresh to count; got none"),
+        (["method=ce", "outliers.pool=x"], "outliers.pool: expected none, since ce takes no outlier images, got x"),
         (["loss.alpha"], "loss.alpha: expected key=value"),
     ],
 )

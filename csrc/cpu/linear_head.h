@@ -15,7 +15,7 @@ struct LinearHead {
   void* bias = nullptr;  // [K] Real, or null
 
   LinearHead(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& b)
-      : x(features, product_storage(storage_of(features))),
+      : x(features, product_storage(storage_of(features), storage_of(weight))),
         w(weight, x.read()),
         wide(x.read() == Storage::kFloat64),
         workspace(features) {
@@ -52,6 +52,16 @@ inline void check_head(const Tensor& features, const Tensor& weight, const std::
     STD_TORCH_CHECK(
         bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == features.scalar_type(),
         "bias: expected [K] in the dtype of features");
+  }
+}
+
+// The same where weight and bias may be float32 beside 16-bit features.
+inline void check_mixed_head(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_matrix(features, "features");
+  check_columns_beside(weight, "weight", features);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0) && goes_beside(*bias, features),
+                    "bias: expected [K] in the dtype of features, or in float32 beside 16 bits");
   }
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& features, const Tensor& weight,
                                                                  const std::optional<Tensor>& bias) {
-  check_head(features, weight, bias);
+  check_mixed_head(features, weight, bias);
   STD_TORCH_CHECK(weight.size(0) > 0, "weight: expected at least one class");
   LinearHead head(features, weight, bias);
   const int64_t K = weight.size(0);
@@ -31,9 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
       engine.begin(softplus, rows, of_joint);
       std::fill(best, best + rows, Best{-INFINITY, -1});
     }
-    engine.reduce(part.z, lse, of_lse);
-    engine.reduce(part.z, softplus, of_joint);
-    engine.best(part.z, part.column, best);
+    engine.scores(part.z, part.column, of_lse, of_joint, best);  // rows of a walk's tile are padded
     if (part.column + part.z.columns < K) return;
     engine.finish(head.wide, lse, rows, of_lse, -1.0, real_at(energy, part.row));
     engine.finish(head.wide, softplus, rows, of_joint, 1.0, real_at(joint, part.row));

@@ -29,6 +29,11 @@ Matrix Operand::block(int64_t begin, int64_t count, void* buffer, bool copied) c
   return {buffer, std::max<int64_t>(D, 1)};
 }
 
+double inverse_norm(const Operand& operand, int64_t row) {
+  const double square = tile_engine().square_sum(operand.stored(), operand.row(row), operand.columns());
+  return square == 0 ? 0.0 : 1 / std::sqrt(square);
+}
+
 std::vector<char> inverse_norms(const Operand& operand, int64_t first, int64_t count, double factor) {
   return reals(operand.read() == Storage::kFloat64, count, [&](int64_t i) {
     const double square = tile_engine().square_sum(operand.stored(), operand.row(first + i), operand.columns());

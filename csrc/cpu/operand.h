@@ -14,6 +14,10 @@ inline Storage product_storage(Storage stored) {
   if (stored == Storage::kFloat64) return stored;
   return stored == Storage::kBFloat16 && has_bfloat16_products() ? stored : Storage::kFloat32;
 }
+// Of matrices that may differ in it: float32 beside 16 bits, and nothing is rounded.
+inline Storage product_storage(Storage a, Storage b) {
+  return a == b ? product_storage(a) : Storage::kFloat32;
+}
 inline int64_t bytes_of(Storage storage) {
   return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
 }
@@ -37,6 +41,8 @@ class Operand {
   bool in_place_;
 };
 
+// 1 / |row|, 0 for a row of zeros.
+double inverse_norm(const Operand& operand, int64_t row);
 // factor / |row| of rows [first, first + count), as Real; 0 for a row of zeros.
 std::vector<char> inverse_norms(const Operand& operand, int64_t first, int64_t count, double factor);
 

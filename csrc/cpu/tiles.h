@@ -63,7 +63,8 @@ struct TileEngine {
   void (*widen)(Storage from, const void* source, int64_t count, void* target);  // to Real of the storage
   void (*narrow)(Storage to, const void* source, int64_t count, void* target);   // from Real of the storage
   double (*square_sum)(Storage, const void* row, int64_t count);
-  double (*square_distance)(Storage, const void* a, const void* b, int64_t count);
+  // |scale a - b|^2, with b stored as a or as its Real
+  double (*square_distance)(Storage of_a, const void* a, double scale, Storage of_b, const void* b, int64_t count);
   // row -= scale (row . direction) direction
   void (*remove)(bool wide, void* row, const void* direction, int64_t count, double scale);
 
@@ -74,6 +75,9 @@ struct TileEngine {
   // out [rows] Real <- sign * value
   void (*finish)(bool wide, Reduce, int64_t rows, const RowState* state, double sign, void* out);
   void (*best)(const Tile&, int64_t first_column, Best* best);
+  // What reduce does of LogSumExp at temperature 1 and of SoftplusSum, and best, in one go. Of rows of float it reads
+  // (and does not use) up to 15 numbers behind the last column.
+  void (*scores)(const Tile&, int64_t first_column, RowState* lse, RowState* softplus, Best* best);
   // z <- scale slope(z, value), with value and scale [rows] Real
   void (*slope)(const Tile&, Reduce, const void* value, const void* scale);
   // u += sum_k t_k slope_k

@@ -158,7 +158,8 @@ Tensor alignment(const Tensor& features, const Tensor& weight) {
   return value;
 }
 
-std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& centers) {
+std::tuple<Tensor, Tensor> nearest_center(const Tensor& features, const Tensor& centers, bool normalize) {
+  STD_TORCH_CHECK(!normalize, "normalize: expected rows that are normalised already");
   check_streams(features, centers, "centers");
   Tensor index = per_row(features, ScalarType::Long), distance = per_row(features);
   StreamCall call{};

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from oodkern import _native, reference, triton_kernels
+from oodkern.backends import backend_for
 from oodkern.ops._checks import check_floating
 
 # Backend -> the namespace of its raw ops.
@@ -35,6 +36,23 @@ def raw(backend: str, name: str, *arguments: Any) -> Any:
 
 def _call(namespace: str, name: str, *arguments: Any) -> Any:
     return getattr(getattr(torch.ops, namespace), name)(*arguments)
+
+
+def mixed_backend(
+    room: str, features: Tensor, weight: Tensor, bias: Tensor | None = None, widened: bool = False
+) -> tuple[str, Tensor, Tensor, Tensor | None]:
+    """The backend of a room for features beside which weight and bias may be float32, and the three as it takes them.
+
+    The native kernels of the CPU take them as they are. Others take one dtype: all are widened where any two differ,
+    and where `widened` asks for it.
+    """
+    backend = backend_for(room, features, len(weight))
+    widened = widened or any(t is not None and t.dtype != features.dtype for t in (weight, bias))
+    if not widened or (backend == "native" and features.device.type == "cpu"):
+        return backend, features, weight, bias
+    features, weight = reference.widen(features), reference.widen(weight)
+    bias = None if bias is None else reference.widen(bias)
+    return backend_for(room, features, len(weight)), features, weight, bias
 
 
 def register_fake(name: str, fake: Callable[..., Any]) -> None:
@@ -127,30 +145,35 @@ def check_matrix(
         check_beside(value, name, like, of)
 
 
-def check_beside(value: Tensor, name: str, like: Tensor, of: str, dtype: bool = True) -> None:
-    """On the device, and with `dtype` in the dtype, of another argument."""
+def check_beside(value: Tensor, name: str, like: Tensor, of: str, dtype: bool = True, or_float32: bool = False) -> None:
+    """On the device, and with `dtype` in the dtype, of another argument; `or_float32`: or float32 beside 16 bits."""
     if value.device != like.device:
         raise ValueError(f"{name}: expected on {like.device}, where {of} are, got {value.device}")
-    if dtype and value.dtype != like.dtype:
+    or_float32 = or_float32 and like.dtype in (torch.float16, torch.bfloat16)
+    if dtype and value.dtype != like.dtype and not (or_float32 and value.dtype == torch.float32):
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in (like, value)]
-        raise TypeError(f"{name}: expected {names[0]} as {of} are, got {names[1]}; cast one of them")
+        either = ", or float32" if or_float32 else ""
+        raise TypeError(f"{name}: expected {names[0]} as {of} are{either}, got {names[1]}; cast one of them")
 
 
-def check_head(features: Any, weight: Any, bias: Any, prefix: str = "") -> None:
-    """features [N, D], weight [K, D], bias [K] or None. Under autocast dtypes may differ: they are cast."""
+def check_head(features: Any, weight: Any, bias: Any, prefix: str = "", or_float32: bool = False) -> None:
+    """features [N, D], weight [K, D], bias [K] or None. Under autocast dtypes may differ: they are cast.
+
+    With `or_float32` weight and bias may be float32 beside 16-bit features.
+    """
     check_matrix(features, "features")
     check_matrix(weight, prefix + "weight", "K, D")
     mixed = reference.autocasting(features)
     if weight.shape[1] != features.shape[1]:
         raise ValueError(f"{prefix}weight: expected [K, {features.shape[1]}] as features are, got {list(weight.shape)}")
-    check_beside(weight, prefix + "weight", features, "features", dtype=not mixed)
+    check_beside(weight, prefix + "weight", features, "features", not mixed, or_float32)
     if bias is not None:
         check_floating(bias, prefix + "bias")
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"{prefix}bias: expected [{len(weight)}], one number a row of {prefix}weight, got {list(bias.shape)}"
             )
-        check_beside(bias, prefix + "bias", features, "features", dtype=not mixed)
+        check_beside(bias, prefix + "bias", features, "features", not mixed, or_float32)
 
 
 def no_third(name: str) -> RuntimeError:

@@ -15,7 +15,7 @@ from oodkern.backends import backend_for
 from oodkern.ops._checks import check_temperature
 from oodkern.ops._foreseen import ForeseenScore, Upstream, can_foresee
 from oodkern.ops._linear_score import LinearScore
-from oodkern.ops._product import autocast, check_head, raw
+from oodkern.ops._product import autocast, check_head, mixed_backend, raw
 
 
 class LinearScores(NamedTuple):
@@ -82,15 +82,15 @@ def linear_joint_energy(
 def linear_scores(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearScores:
     """Five scores of each row of features @ weight.T + bias in one pass over the logits, which are never stored.
 
-    Arguments and dtypes as for `linear_energy`; K >= 1. Returns `LinearScores`, each [N]: energy and joint_energy as
-    those ops give them, max_logit = max_k z_k, argmax, and msp = exp(max_logit + energy), the largest softmax
-    probability. Not differentiable. (As OOD scores take energy, -joint_energy, -max_logit, -msp.)
+    Arguments and dtypes as for `linear_energy`; K >= 1, and beside 16-bit features weight and bias may be float32:
+    nothing of the head is rounded then, and on the CPU the features are not copied. Returns `LinearScores`, each [N]:
+    energy and joint_energy as those ops give them, max_logit = max_k z_k, argmax, and msp = exp(max_logit + energy),
+    the largest softmax probability. Not differentiable. (As OOD scores take energy, -joint_energy, -max_logit, -msp.)
     """
-    check_head(features, weight, bias)
+    check_head(features, weight, bias, or_float32=True)
     if len(weight) == 0:
         raise ValueError("weight: expected at least one class, got [0, D]")
-    features, weight, bias = autocast(features, weight, bias)
-    backend = backend_for("linear_energy", features, len(weight))
+    backend, features, weight, bias = mixed_backend("linear_energy", *autocast(features, weight, bias))
     if backend == "reference":
         return LinearScores(*reference.linear_scores(features, weight, bias))
     return LinearScores(*raw(backend, "linear_scores", features, weight, bias))

@@ -10,7 +10,7 @@ from torch import Tensor
 from oodkern import reference
 from oodkern.backends import backend_for
 from oodkern.ops._checks import INTEGERS, check_count, check_floating, check_tensor, score_dtype
-from oodkern.ops._product import check_beside, check_matrix, raw, register_fake
+from oodkern.ops._product import check_beside, check_matrix, mixed_backend, raw, register_fake
 
 
 class NearestCenter(NamedTuple):
@@ -21,12 +21,13 @@ class NearestCenter(NamedTuple):
 
 
 @torch.no_grad()
-def nearest_center(features: Tensor, centers: Tensor) -> NearestCenter:
+def nearest_center(features: Tensor, centers: Tensor, normalize: bool = False) -> NearestCenter:
     """The nearest of the centers to each row, argmin_k |x - c_k|^2, and the squared distance to it.
 
     Args:
         features: [N, D], float64, float32, bfloat16 or float16.
-        centers: [K, D], K >= 1, in the dtype of the features.
+        centers: [K, D], K >= 1, in the dtype of the features, or float32 beside 16-bit features.
+        normalize: whether rows of features count as x / |x|; a row of zeros stays one.
 
     Returns:
         `NearestCenter(index, squared_distance)`, each [N]: int64, the lowest index where several are nearest, and
@@ -34,7 +35,8 @@ def nearest_center(features: Tensor, centers: Tensor) -> NearestCenter:
         two whose distances agree to rounding of |x| |c| may change places; the distance itself is then formed as
         sum (x - c)^2, which does not cancel.
 
-    Not differentiable. Raises TypeError or ValueError for an argument of the wrong kind or shape.
+    The CPU's kernels read features as they are: of float32 centers and of normalize no copy is made. Not
+    differentiable. Raises TypeError or ValueError for an argument of the wrong kind or shape.
     """
     check_matrix(features, "features")
     check_matrix(centers, "centers", "K, D")
@@ -42,11 +44,15 @@ def nearest_center(features: Tensor, centers: Tensor) -> NearestCenter:
         raise ValueError(
             f"centers: expected [K, {features.shape[1]}] with K >= 1 as features are, got {list(centers.shape)}"
         )
-    check_beside(centers, "centers", features, "features")
-    backend = backend_for("select", features, len(centers))
+    check_beside(centers, "centers", features, "features", or_float32=True)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected True or False, got {type(normalize).__name__}")
+    backend, features, centers, _ = mixed_backend("select", features, centers, widened=normalize)
     if backend == "reference":
-        return NearestCenter(*reference.nearest_center(features, centers))
-    return NearestCenter(*raw(backend, "nearest_center", features, centers))
+        return NearestCenter(*reference.nearest_center(features, centers, normalize))
+    if normalize and (backend != "native" or features.device.type != "cpu"):
+        features, normalize = reference.unit(features), False
+    return NearestCenter(*raw(backend, "nearest_center", features, centers, normalize))
 
 
 class ClusterExtremes(NamedTuple):
@@ -100,7 +106,7 @@ def cluster_extremes(score: Tensor, cluster: Tensor, clusters: int, per_side: in
     return ClusterExtremes(*raw(backend, "cluster_extremes", score, cluster, clusters, per_side))
 
 
-def _fake_nearest(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_nearest(features: Tensor, centers: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
     rows = features.shape[0]
     return features.new_empty(rows, dtype=torch.int64), features.new_empty(rows, dtype=score_dtype(features))
 

@@ -140,7 +140,7 @@ def training_curves(run: Run) -> list[str]:
     names = [
         name
         for name in dict.fromkeys(name for line in epochs for name in line)
-        if name not in not_parts and not name.startswith("validation_")
+        if name not in not_parts and not name.startswith(("validation_", "pool_"))
     ]
     series: Mapping[str, tuple[Axes, str]] = {
         **{name: (axes[0], name) for name in ("loss", *names)},

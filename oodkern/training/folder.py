@@ -76,6 +76,8 @@ def prepare(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) ->
             (folder / name).unlink(missing_ok=True)
         forget_batches(folder)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        for made in folder.glob("pool/epoch-*"):  # features of outliers
+            shutil.rmtree(made, ignore_errors=True)
         (folder / "metrics.jsonl").touch()  # which tells a run's config.yaml from a person's
         files.write_json(folder / "environment.json", environment())
     files.write_text(folder / "config.yaml", to_yaml(config))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from oodkern.classifier import Classifier
-from oodkern.config import ConfigError, TrainConfig, check_values, nearest, schema_of
+from oodkern.config import ConfigError, OutlierPoolConfig, TrainConfig, check_values, nearest, schema_of
 from oodkern.data import OODSplit, build_split
 from oodkern.detector import find_device
 from oodkern.methods import METHODS
@@ -155,9 +155,9 @@ def chosen_methods(config: TrainConfig, methods: Sequence[str]) -> list[str]:
 def of_method(config: TrainConfig, name: str) -> TrainConfig:
     """A configuration for another method, with its default options. Raises ConfigError where it does not go with it."""
     if name == config.method:
-        return replace(config, compile="none")
+        return replace(config, compile="none", outliers=OutlierPoolConfig())
     own: dict[str, Any] = {one.name: getattr(config, one.name) for one in fields(config) if one.name != "loss"}
-    found = schema_of(name)(**own | {"method": name, "compile": "none"})
+    found = schema_of(name)(**own | {"method": name, "compile": "none", "outliers": OutlierPoolConfig()})
     try:
         METHODS[name](found.loss, config.multi_label)
     except ValueError as error:

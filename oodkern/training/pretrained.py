@@ -20,7 +20,7 @@ from oodkern.training import files
 from oodkern.training.folder import flat
 from oodkern.training.random_state import random_state, set_random_state
 
-# Keys that pretraining does not depend on, beside those of the loss.
+# Keys that pretraining does not depend on, beside those of the loss and of the choice of outliers.
 LATER = (
     *("method", "epochs", "name", "output", "checkpoint_steps", "split_forward", "data.workers"),
     *("optimizer.lr", "optimizer.outlier_batch_size"),
@@ -30,7 +30,9 @@ LATER = (
 def key_of(config: TrainConfig, split: OODSplit) -> dict[str, Any]:
     """What pretraining depends on: runs with the same key make the same model, of images that are the same."""
     known = {**flat(asdict(config)), **split.facts(), "torch": str(torch.__version__)}
-    return {key: value for key, value in known.items() if key not in LATER and not key.startswith("loss")}
+    return {
+        key: value for key, value in known.items() if key not in LATER and not key.startswith(("loss", "outliers."))
+    }
 
 
 def read_pretrained(path: Path, config: TrainConfig, split: OODSplit, model: nn.Module) -> list[dict[str, Any]] | None:

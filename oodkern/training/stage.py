@@ -16,6 +16,7 @@ from oodkern.processes import ALONE, Processes, is_sharded, whole
 from oodkern.schema import ScheduleConfig, TrainConfig
 from oodkern.training.memory import Lean, memory_format
 from oodkern.training.passes import Gradients
+from oodkern.training.pool import OutlierPool
 from oodkern.training.replica import replica_of
 from oodkern.training.shards import shared_out
 
@@ -93,7 +94,8 @@ class Stage:
     several; only one pass's activations are alive then: see `oodkern.training.passes`.
 
     The loss is formed by an Objective, which also chooses the step's outliers where a method does. With `head=fused` it
-    is formed of the model's features and its head: see `oodkern.training.fused`.
+    is formed of the model's features and its head: see `oodkern.training.fused`. With a `pool` the outliers are those
+    that it chooses; with `data.workers` a loader begins anew at each choice.
 
     Batches are of all processes: each reads its share of either stream, and every step's gradient is that of the whole.
 
@@ -111,8 +113,10 @@ class Stage:
         outliers: bool,
         device: torch.device,
         processes: Processes = ALONE,
+        pool: OutlierPool | None = None,
     ) -> None:
         self.model: Any = model
+        self.pool = pool
         self.objective, self.processes = objective, processes
         objective.fused, objective.processes = config.head == "fused", processes
         self.kind, self.config, self.device = kind, config, device
@@ -128,6 +132,8 @@ class Stage:
         if outliers:
             size = objective.candidates or options.outlier_batch_size
             self.outlier_batches = self._batches(split.outliers, size, numbers[1], split.outlier_augmentation)
+            if pool is not None:
+                pool.join(self.steps_per_epoch, size, objective.every)
         self.labels = split.train.labels
         self.format = memory_format(config)
         self.replica = replica_of(model, objective, config, processes, device)
@@ -172,11 +178,16 @@ class Stage:
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """This process's ID images of the step, their targets, and its outliers of those read for it, on the device."""
+        workers, pin = self.config.data.workers, self.device.type == "cuda"
+        outliers, number = self.outlier_batches, self.step // self.objective.every
+        if self.pool is not None:
+            outliers, number = self.pool.batches_at(self), self.pool.batch_number(self.step)
+            if outliers is not self.outlier_batches:
+                self.outlier_batches, self._outlier_stream = outliers, None
         if self._id_stream is None:  # the streams of a resumed stage begin where the last step ended
-            workers, pin = self.config.data.workers, self.device.type == "cuda"
             self._id_stream = stream(self.id_batches, self.step, workers, pin, indices=True)
-            if self.outlier_batches is not None:
-                self._outlier_stream = stream(self.outlier_batches, self.step // self.objective.every, workers, pin)
+        if outliers is not None and self._outlier_stream is None:
+            self._outlier_stream = stream(outliers, number, workers, pin)
         images, target, self._indices = next(self._id_stream)
         move: Any = {"device": self.device, "non_blocking": True, "memory_format": self.format}
         if self._outlier_stream is not None and (self._candidates is None or self.step % self.objective.every == 0):
@@ -262,7 +273,9 @@ class Stage:
 
     def state_dict(self) -> dict[str, Any]:
         """Of whole tensors: every process has to ask where each has a share."""
+        pool = {} if self.pool is None else {"pool": self.pool.state_dict()}
         return {
+            **pool,
             "step": self.step,
             "totals": self.totals,
             **self.objective.state_dict(),
@@ -273,7 +286,9 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.let_go()
         self.step, self.totals = state["step"], dict(state["totals"])
-        own = {name: value for name, value in state.items() if name not in ("optimizer", "scaler")}
+        if self.pool is not None:
+            self.pool.load_state_dict(state["pool"], self.device)
+        own = {name: value for name, value in state.items() if name not in ("optimizer", "scaler", "pool")}
         self.objective.load_state_dict(placed(own, self.device))
         self.optimizer.load_state_dict(shared_out(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])

@@ -25,6 +25,7 @@ from oodkern.training.evaluation import SAMPLE, Judged, Score, correct, scored
 from oodkern.training.fused import check_fused_head
 from oodkern.training.interrupt import Interrupt, stop
 from oodkern.training.memory import memory_format
+from oodkern.training.pool import OutlierPool
 from oodkern.training.pretrained import read_pretrained, write_pretrained
 from oodkern.training.progress import shown
 from oodkern.training.random_state import own_seed, seed_everything
@@ -53,6 +54,7 @@ class Trainer(State):
         self.device, self.pretrained = device, pretrained
         self.log, self.progress = log, progress and processes.first
         self.board = Board(config.folder / "tensorboard") if processes.first else None
+        self.pool: OutlierPool | None = None
 
     def run(self, state: dict[str, Any] | None) -> Run:
         config, split = self.config, self.split
@@ -77,6 +79,10 @@ class Trainer(State):
             if state.get("processes", 1) != self.processes.count:
                 self.log(resumed_by_others(state.get("processes", 1), self.processes.count))
             self.restore(state, model)
+        # What a finished run trained with, a teacher's outputs among it, is not made again to train nothing.
+        finished = state is not None and state["stage"] == config.method and state["epoch"] >= config.epochs
+        if config.outliers.pool and not finished:
+            self.pool = OutlierPool(config, split, self.baseline or model, self.processes, self.log)
         if self.baseline is None:
             self.check(model)
             if not self.processes.first:  # dropout of its own; whatever is made of random numbers, is process 0's
@@ -93,8 +99,7 @@ class Trainer(State):
                 self.lines.write(stage="decided", **self.decided)
         if self.decided:
             self.log(self.method.describe(self.decided))
-        # What a finished run trained with, a teacher's outputs among it, is not made again to train nothing.
-        if state is None or state["stage"] != config.method or state["epoch"] < config.epochs:
+        if not finished:
             try:
                 objective = self.method.objective(self.decided, setting_of(config, split, self.baseline, self.device))
             except (ValueError, ImportError) as error:  # of what options name, such as a file of latents
@@ -136,7 +141,8 @@ class Trainer(State):
     ) -> None:
         from tqdm import tqdm
 
-        stage = Stage(kind, self.config, self.split, model, objective, outliers, self.device, self.processes)
+        pool = self.pool if kind == "method" else None
+        stage = Stage(kind, self.config, self.split, model, objective, outliers, self.device, self.processes, pool)
         if state is not None:
             stage.load_state_dict(state["training"])
             self.set_random_state(state)
@@ -177,6 +183,8 @@ class Trainer(State):
 
     def end_epoch(self, stage: Stage) -> None:
         found, means = self.validate(stage), stage.means()
+        if stage.pool is not None:
+            means |= stage.pool.means(stage)
         values = {"lr": stage.optimizer.param_groups[0]["lr"], **means, **found, **self.watched}
         self.lines.write(stage=stage.name, epoch=stage.epoch, step=stage.step, **values)
         if self.board is not None:

@@ -11,7 +11,9 @@ from oodkern.triton_kernels._rows import row_blocks, row_dot
 from oodkern.triton_kernels.select_kernels import distance_kernel, nearest_kernel
 
 
-def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_center(features: Tensor, centers: Tensor, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    if normalize:
+        raise ValueError("normalize: expected rows that are normalised already")
     features, centers = rows_dense(features), rows_dense(centers)
     (N, D), K = features.shape, len(centers)
     index = features.new_empty(N, dtype=torch.int64)

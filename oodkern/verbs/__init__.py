@@ -5,6 +5,6 @@ when it runs, so that help is at hand at once.
 """
 
 VERBS = (
-    *("train", "evaluate", "score", "export", "compare", "plan"),
+    *("train", "evaluate", "score", "export", "compare", "extract", "select", "plan"),
     *("check-data", "calibrate", "select-outliers", "doctor"),
 )

@@ -17,7 +17,7 @@ from oodkern.training.files import load_checkpoint, read_json_lines
 from oodkern.training.random_state import random_state, seed_everything, set_random_state
 
 OPTIONS = ("epochs=6", "pretrain.epochs=6", "model.width=8", "model.dropout=0.2", "checkpoint_steps=3", "threads=1")
-TIMED = ("seconds", "images_per_second")
+TIMED = ("seconds", "images_per_second", "pool_seconds")
 
 
 def silent(line):

@@ -53,9 +53,43 @@ OODKERN_INLINE RowState merged(const Reducer& reducer, RowState a, typename Redu
   return {double(sum.maximum), sum.sum};
 }
 
+// The place of a row's largest element. The first NaN is the largest, as it is for torch.argmax.
+template <class Math>
+OODKERN_INLINE void best_of_row(Math, const Tile& tile, int64_t row, int64_t first_column, Best* best) {
+  using Real = typename Math::Real;
+  using Arg = ArgMax<Real>;
+  const Real* z = row_of<Real>(tile, row);
+  auto state = typename Arg::State{Real(best->maximum), best->index};
+  for (int64_t at = 0; at < tile.columns; at += kBlock) {
+    const int64_t size = block_size(tile.columns, at);
+    Real maximum = -Math::infinity();
+    int unordered = 0;
+#pragma omp simd reduction(max : maximum) reduction(| : unordered)
+    for (int64_t k = 0; k < size; ++k) {
+      maximum = Arg::pivot(z[at + k], maximum);
+      unordered |= z[at + k] != z[at + k];
+    }
+    if (state.maximum != state.maximum) break;
+    if (!unordered && state.index >= 0 && !(maximum > state.maximum)) continue;
+    int64_t k = 0;
+    while (unordered ? z[at + k] == z[at + k] : z[at + k] != maximum) ++k;
+    if (unordered) {
+      state = {z[at + k], first_column + at + k};
+      break;
+    }
+    state = Arg::merge(state, {maximum, first_column + at + k});
+  }
+  *best = {double(state.maximum), state.index};
+}
+
 // Columns are added up along the rows of a block of both: in Real within, in double from block to block.
 constexpr int64_t kRowsOfBlock = 64;
 
+// In tiles.cpp.
+void reduce(const Tile& tile, Reduce how, RowState* state);
+void best(const Tile& tile, int64_t first_column, Best* best);
+// In scores.cpp.
+void scores(const Tile& tile, int64_t first_column, RowState* lse, RowState* softplus, Best* best);
 // In contrast.cpp.
 void reduce_columns(const Tile& tile, RowState* state);
 void positives(const Tile& tile, const Positives& which, bool by_column, double* sum);

@@ -7,10 +7,10 @@ namespace {
 
 void widen_row(Storage from, const void* source, int64_t count, void* target) {
   with_storage(from, [&](auto stored, auto real) {
+    using Real = decltype(real);
     const auto* in = static_cast<const decltype(stored)*>(source);
-    auto* out = static_cast<decltype(real)*>(target);
-#pragma omp simd
-    for (int64_t k = 0; k < count; ++k) out[k] = load(in[k]);
+    auto* out = static_cast<Real*>(target);
+    if (const Real* same = widen(in, count, out); same != out) __builtin_memcpy(out, same, count * sizeof(Real));
   });
 }
 
@@ -23,27 +23,47 @@ void narrow_row(Storage to, const void* source, int64_t count, void* target) {
   });
 }
 
+// Calls body(x, at, size) for a row as Real: for all of it, or for blocks of it where they have to be widened.
+template <class Stored, class Real, class Body>
+OODKERN_INLINE void over_blocks(const Stored* row, int64_t count, Real*, Body&& body) {
+  constexpr bool kSame = sizeof(Stored) == sizeof(Real);
+  alignas(64) Real buffer[kSame ? 1 : kBlock];
+  for (int64_t at = 0; at < count; at += kBlock) {
+    const int64_t size = kSame ? count : block_size(count, at);
+    body(widen(row + at, size, buffer), at, size);
+    if (kSame) return;
+  }
+}
+
 // Squares are added up in double: a norm is then exact to the rounding of its own.
 double square_sum(Storage storage, const void* row, int64_t count) {
   double total = 0;
-  with_storage(storage, [&](auto stored, auto) {
-    const auto* x = static_cast<const decltype(stored)*>(row);
+  with_storage(storage, [&](auto stored, auto real) {
+    const auto add_up = [&](const auto* x, int64_t, int64_t size) __attribute__((always_inline)) {
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < count; ++k) total += double(load(x[k])) * double(load(x[k]));
+      for (int64_t k = 0; k < size; ++k) total += double(x[k]) * double(x[k]);
+    };
+    over_blocks(static_cast<const decltype(stored)*>(row), count, &real, add_up);
   });
   return total;
 }
 
-double square_distance(Storage storage, const void* a, const void* b, int64_t count) {
+double square_distance(Storage of_a, const void* a, double scale, Storage of_b, const void* b, int64_t count) {
   double total = 0;
-  with_storage(storage, [&](auto stored, auto) {
-    const auto* x = static_cast<const decltype(stored)*>(a);
-    const auto* y = static_cast<const decltype(stored)*>(b);
+  with_storage(of_a, [&](auto stored, auto real) {
+    using Stored = decltype(stored);
+    using Real = decltype(real);
+    const auto with = [&](const auto* y) __attribute__((always_inline)) {
+      const auto add_up = [&](const Real* x, int64_t at, int64_t size) __attribute__((always_inline)) {
 #pragma omp simd reduction(+ : total)
-    for (int64_t k = 0; k < count; ++k) {
-      const double difference = double(load(x[k])) - double(load(y[k]));
-      total += difference * difference;
-    }
+        for (int64_t k = 0; k < size; ++k) {
+          const double difference = scale * double(x[k]) - double(load(y[at + k]));
+          total += difference * difference;
+        }
+      };
+      over_blocks(static_cast<const Stored*>(a), count, &real, add_up);
+    };
+    of_a == of_b ? with(static_cast<const Stored*>(b)) : with(static_cast<const Real*>(b));
   });
   return total;
 }
@@ -92,56 +112,12 @@ void begin(Reduce reduce, int64_t rows, RowState* state) {
   });
 }
 
-void reduce(const Tile& tile, Reduce how, RowState* state) {
-  with_reducer(tile.wide, how, [&](auto math, auto reducer) {
-    using Real = typename decltype(math)::Real;
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      const Real* z = row_of<Real>(tile, row);
-      for (int64_t at = 0; at < tile.columns; at += kBlock) {
-        state[row] = merged(reducer, state[row], reduce_block(reducer, z + at, block_size(tile.columns, at)));
-      }
-    }
-  });
-}
-
 void finish(bool wide, Reduce how, int64_t rows, const RowState* state, double sign, void* out) {
   with_reducer(wide, how, [&](auto math, auto reducer) {
     using Real = typename decltype(math)::Real;
     for (int64_t row = 0; row < rows; ++row) {
       const typename decltype(reducer)::State s{Real(state[row].maximum), state[row].sum};
       static_cast<Real*>(out)[row] = Real(sign) * reducer.value(s);
-    }
-  });
-}
-
-void best(const Tile& tile, int64_t first_column, Best* best) {
-  with_math(tile.wide, [&](auto math) {
-    using Math = decltype(math);
-    using Real = typename Math::Real;
-    using Arg = ArgMax<Real>;
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      const Real* z = row_of<Real>(tile, row);
-      auto state = typename Arg::State{Real(best[row].maximum), best[row].index};
-      for (int64_t at = 0; at < tile.columns; at += kBlock) {
-        const int64_t size = block_size(tile.columns, at);
-        Real maximum = -Math::infinity();
-        int unordered = 0;
-#pragma omp simd reduction(max : maximum) reduction(| : unordered)
-        for (int64_t k = 0; k < size; ++k) {
-          maximum = Arg::pivot(z[at + k], maximum);
-          unordered |= z[at + k] != z[at + k];
-        }
-        if (state.maximum != state.maximum) break;  // the first NaN is the largest, as it is for torch.argmax
-        if (!unordered && state.index >= 0 && !(maximum > state.maximum)) continue;
-        int64_t k = 0;
-        while (unordered ? z[at + k] == z[at + k] : z[at + k] != maximum) ++k;
-        if (unordered) {
-          state = {z[at + k], first_column + at + k};
-          break;
-        }
-        state = Arg::merge(state, {maximum, first_column + at + k});
-      }
-      best[row] = {double(state.maximum), state.index};
     }
   });
 }
@@ -214,10 +190,29 @@ void column_sums(const Tile& tile, double* sum) {
 
 }  // namespace
 
+void reduce(const Tile& tile, Reduce how, RowState* state) {
+  with_reducer(tile.wide, how, [&](auto math, auto reducer) {
+    using Real = typename decltype(math)::Real;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const Real* z = row_of<Real>(tile, row);
+      for (int64_t at = 0; at < tile.columns; at += kBlock) {
+        state[row] = merged(reducer, state[row], reduce_block(reducer, z + at, block_size(tile.columns, at)));
+      }
+    }
+  });
+}
+
+void best(const Tile& tile, int64_t first_column, Best* best) {
+  with_math(tile.wide, [&](auto math) {
+    for (int64_t row = 0; row < tile.rows; ++row) best_of_row(math, tile, row, first_column, best + row);
+  });
+}
+
 extern const TileEngine tile_engine;
 const TileEngine tile_engine = {
-    widen_row, narrow_row, square_sum, square_distance, remove_direction, affine,         begin,     reduce,   finish,
-    best,      slope,      second_sum, second,          column_sums,      reduce_columns, positives, contrast,
+    widen_row, narrow_row, square_sum, square_distance, remove_direction, affine, begin,       reduce,
+    finish,    best,       scores,     slope,           second_sum,       second, column_sums, reduce_columns,
+    positives, contrast,
 };
 
 }  // namespace oodkern::OODKERN_ISA
