@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from oodkern.classifier import Classifier
 from oodkern.cli import main
 from oodkern.config import load_config
 from oodkern.data import build_split
-from oodkern.detector import load
+from oodkern.detector import load, read_checkpoint
+from oodkern.pools.extraction import fingerprint
 from oodkern.pools.store import FeatureStore
 from oodkern.training import train
 
@@ -106,6 +108,24 @@ def test_images_of_the_run(word, tmp_path, capsys):
     torch.testing.assert_close(pool.rows(torch.arange(5)).float(), expected, rtol=1e-3, atol=1e-3)
     assert main(["extract", "r", word, "--out", str(tmp_path), "--json", "--checkpoint", "best"]) == 0
     assert json.loads(capsys.readouterr().out)["extracted"] == 0
+
+
+def test_the_model_that_fine_tuning_starts_with(tmp_path, capsys):
+    """Its features, its head, and no threshold, which is the fine-tuned model's."""
+    for checkpoint in ("baseline", "last"):
+        assert main(["extract", "r", "id", "--out", str(tmp_path / checkpoint), "--checkpoint", checkpoint]) == 0
+    pool, last = (FeatureStore.open(tmp_path / name) for name in ("baseline", "last"))
+    detector = load("r")
+    detector.model.load_state_dict(read_checkpoint(Path("r") / "last.ckpt")["baseline"])
+    assert (pool.fingerprint, pool.facts["threshold"]) == (fingerprint(detector.model), None)
+    assert pool.fingerprint != last.fingerprint == fingerprint(load("r").model)
+    assert torch.equal(pool.head[0], detector.model.head.weight)
+    chosen = ["select", str(tmp_path / "baseline"), "--count", "3", "--out", str(tmp_path / "c.npy"), "--policy"]
+    capsys.readouterr()
+    assert main([*chosen, "top-k", "--run", "r", "--checkpoint", "baseline"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*chosen, "margin"]) == 2
+    assert "--threshold: expected a number" in capsys.readouterr().err
 
 
 def test_id_images_are_left_out(tmp_path, capsys):

@@ -84,8 +84,9 @@ def linear_scores(features: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
     Arguments and dtypes as for `linear_energy`; K >= 1, and beside 16-bit features weight and bias may be float32:
     nothing of the head is rounded then, and on the CPU the features are not copied. Returns `LinearScores`, each [N]:
-    energy and joint_energy as those ops give them, max_logit = max_k z_k, argmax, and msp = exp(max_logit + energy),
-    the largest softmax probability. Not differentiable. (As OOD scores take energy, -joint_energy, -max_logit, -msp.)
+    energy and joint_energy, to rounding as those ops give them, max_logit = max_k z_k, argmax, and
+    msp = exp(max_logit + energy), the largest softmax probability. Not differentiable. (As OOD scores take energy,
+    -joint_energy, -max_logit, -msp.)
     """
     check_head(features, weight, bias, or_float32=True)
     if len(weight) == 0:

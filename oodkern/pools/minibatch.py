@@ -152,8 +152,8 @@ def assign(store: FeatureStore, centers: Tensor, *, normalize: bool = True, proc
         processes: each takes a share of the rows, and all of them know the result.
 
     Returns:
-        `Assignment(index, inertia)`: [N] int32, as `oodkern.nearest_center` finds it, on the CPU; and the sum of the squared
-        distances, in float64. A row that is not finite has some index and no share in the sum.
+        `Assignment(index, inertia)`: [N] int32, as `oodkern.nearest_center` finds it, on the CPU; and the sum of the
+        squared distances, in float64. A row that is not finite has some index and no share in the sum.
     """
     share = processes.share(len(store))
     index = torch.empty(share.stop - share.start, dtype=torch.int32)

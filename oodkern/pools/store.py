@@ -111,8 +111,8 @@ class FeatureStore:
             dtype: what the file has to hold, where it is given.
             skip_damaged: leaves out the shards that are damaged instead of raising the first one's error: `skipped` has
                 these, and `numbers` what the rows that stay are in the whole pool.
-            verify: compares SHA-256 of each shard with the manifest's, two at a time (a core hashes 1.5 GB/s). Size, dtype and shape are looked
-                at always. Of Parquet and Arrow files each part is read once.
+            verify: compares SHA-256 of each shard with the manifest's, two at a time (a core hashes 1.5 GB/s).
+                Size, dtype and shape are looked at always. Of Parquet and Arrow files each part is read once.
 
         Raises PoolError, in one line with the file, for whatever is wrong on disk; for a manifest that is damaged, or
         names files outside of its folder, also with skip_damaged, and where no shard is left. ValueError for arguments.

@@ -254,6 +254,8 @@ def threshold_of(options: argparse.Namespace, facts: Mapping[str, Any]) -> float
 
     score = facts.get("score", "unknown")
     threshold = facts.get("threshold")
+    if facts.get("checkpoint") == "baseline":
+        raise ConfigError("--threshold: expected a number, since the run's is not that of its starting model")
     if options.score not in (None, "energy") or score != "energy" or not isinstance(threshold, int | float):
         raise ConfigError(
             f"--threshold: expected a number, since the run's score is {score}, and margin goes by "

@@ -184,7 +184,9 @@ def test_linear_scores_against_float64(dtype):
         # Two logits that agree to rounding may change places.
         picked = z.gather(1, scores.argmax[:, None]).squeeze(1)
         torch.testing.assert_close(picked, exact[2], **tolerance)
-        torch.testing.assert_close(scores.energy, oodkern.linear_energy(x, w, b), rtol=0, atol=0)
+        # One reduction or several at once: what differs is the order in which a row's exponentials are added up.
+        rounding = 4 * torch.finfo(score_of(x)).eps
+        torch.testing.assert_close(scores.energy, oodkern.linear_energy(x, w, b), rtol=rounding, atol=rounding)
 
 
 def test_argmax_is_the_first_of_equals():

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from oodkern.pools.store import FeatureStore
+from oodkern.pools.store import FeatureStore, StoreWriter
 
 HEAD = (torch.tensor([[1.0, 0.0, 0.0, 0.0]]), None)
 
@@ -28,3 +28,14 @@ def pool_of(scores, dtype=torch.float16, others=None):
     if others is not None:
         features[:, 1:] = others
     return FeatureStore.of(features.to(dtype))
+
+
+def sharded(folder, features, rows):
+    """A store of shards of so many rows."""
+    N, D = features.shape
+    dtype = str(features.dtype).removeprefix("torch.")
+    writer = StoreWriter(folder, rows=N, dimension=D, dtype=dtype, shard_rows=rows, keys=False)
+    for shard in range(writer.shards):
+        writer.write(shard, features[shard * rows : (shard + 1) * rows], None)
+    writer.finish()
+    return FeatureStore.open(folder)

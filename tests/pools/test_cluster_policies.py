@@ -146,15 +146,6 @@ def test_absent_class(kind):
     assert policy.select(FeatureStore.of(features), head, 60, seeded())[: len(ends)].tolist() == ends
 
 
-def test_several_shards_are_one_pool(tmp_path):
-    features = blobs(3000, 16, 40, 0).half()
-    np.save(tmp_path / "pool.npy", features.numpy())
-    file, memory = FeatureStore.open(tmp_path / "pool.npy"), FeatureStore.of(features)
-    head = (torch.randn(5, 16, generator=seeded()), None)
-    found = [GRegPlus(8).select(store, head, 100, seeded()) for store in (file, memory)]
-    assert found[0].equal(found[1])
-
-
 def test_errors():
     store = pool_of(np.arange(5, dtype=np.float32))
     with pytest.raises(ValueError, match=r"^clusters: expected at most 5, the number of samples, got 64$"):

@@ -1,9 +1,9 @@
 """k-means of a pool from batches: scikit-learn's inertia, scikit-learn's assignment."""
 
-import numpy as np
 import pytest
 import torch
 from groups import blobs, seeded, sphere
+from pools_of_scores import sharded
 from sklearn.cluster import KMeans
 
 from oodkern.pools import minibatch
@@ -145,13 +145,16 @@ def test_processes_take_shares():
 
 def test_several_shards(tmp_path):
     features = blobs(12_000, 8, 60, 0).half()
-    np.save(tmp_path / "pool.npy", features.numpy())
-    memory, file = FeatureStore.of(features), FeatureStore.open(tmp_path / "pool.npy")
+    memory, file = FeatureStore.of(features), sharded(tmp_path / "pool", features, 5000)
     subset = file.subset(torch.arange(12_000))
     centers = [minibatch_kmeans(store, 24, seeded()) for store in (memory, file, subset)]
     assert centers[0].equal(centers[1])
     assert centers[0].equal(centers[2])
-    assert assign(file, centers[0]).index.equal(assign(memory, centers[0]).index)
+    found = assign(memory, centers[0])
+    for store in (file, subset):
+        again = assign(store, centers[0])
+        assert again.index.equal(found.index)
+        assert again.inertia == pytest.approx(found.inertia, rel=1e-6)
 
 
 def test_errors():

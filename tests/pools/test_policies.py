@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from groups import seeded
-from pools_of_scores import HEAD, pool_of, scores_with
+from pools_of_scores import HEAD, pool_of, scores_with, sharded
 
 from oodkern.ops.linear_energy import LinearScores
 from oodkern.pools import policies
@@ -137,6 +137,20 @@ def test_margin_is_formed_in_float64():
     scores = np.array([1.0, 1 + 2**-20], np.float32)
     assert LowestMargin(2**8 + 1.0).select(pool_of(scores, torch.float32), HEAD, 1, seeded()).tolist() == [1]
     assert np.float32(2**8) == np.float32(2**8 + 1) - (np.float32(1) + np.float32(2**-20))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_several_shards_are_one_pool(name, dtype, tmp_path):
+    features = torch.randn(1003, 16, generator=seeded()).to(dtype)
+    head = (torch.randn(5, 16, generator=seeded(1)), None)
+    options = {"margin": {"threshold": -2.0}, "poem": {"known": features[:50]}, "dos": {"clusters": 6}}
+    policy = POLICIES[name](**options.get(name, {"clusters": 6} if name == "gregplus" else {}))
+    store = sharded(tmp_path / "pool", features, 300)
+    assert len(store.shards) == 4
+    expected = policy.select(FeatureStore.of(features), head, 90, seeded(2))
+    assert policy.select(store, head, 90, seeded(2)).equal(expected)
+    assert len(expected.unique()) == 90
 
 
 @pytest.mark.parametrize(

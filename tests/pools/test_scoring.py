@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+import oodkern
+from oodkern import reference
 from oodkern.pools import scoring
 from oodkern.pools.scoring import PoolScores, score_pool
 from oodkern.pools.store import FeatureStore, StoreWriter
@@ -68,7 +70,7 @@ def test_dtypes(dtype, head_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_shards_chunks_and_blocks(dtype, tmp_path, monkeypatch):
-    """Chunks that divide neither shards nor blocks; one score by its own op, and all by one."""
+    """Chunks that divide neither shards nor blocks; a score alone, and with others."""
     monkeypatch.setattr(scoring, "BLOCK", 640)  # 40 rows
     features, head = torch.randn(1000, 16).to(dtype), head_of(9, 16)
     store, exact = pool(tmp_path, features, 300), oracle(features, *head)
@@ -76,7 +78,9 @@ def test_shards_chunks_and_blocks(dtype, tmp_path, monkeypatch):
     for rows in (1, 77, 300, 10_000):
         assert_are(score_pool(store, head, NAMES, chunk_rows=rows), exact)
     for name in NAMES:
-        assert_are(score_pool(store, head, (name,), chunk_rows=128), exact)
+        alone = score_pool(store, head, (name,), chunk_rows=128)
+        assert_are(alone, exact)
+        np.testing.assert_array_equal(alone[name], score_pool(store, head, NAMES, chunk_rows=128)[name])
     assert_are(score_pool(store, head, ("msp", "energy")), exact)
     hot = oracle(features, *head, temperature=3.0)
     for names in (NAMES, ("energy",), ("energy", "joint_energy"), ("msp", "energy"), ("joint_energy", "msp")):
@@ -85,6 +89,16 @@ def test_shards_chunks_and_blocks(dtype, tmp_path, monkeypatch):
         assert_are(found, hot)
     some = torch.arange(3, 900, 7)
     assert_are(score_pool(store.subset(some), head, NAMES, chunk_rows=50), oracle(features[some], *head))
+
+
+def test_plain_pytorch_forms_logits_of_blocks(monkeypatch):
+    monkeypatch.setattr(scoring, "BLOCK", 640)
+    features, head, seen = torch.randn(1000, 16).half(), head_of(9, 16), []
+    formed = reference.linear_scores
+    monkeypatch.setattr(reference, "linear_scores", lambda x, *rest: seen.append(len(x)) or formed(x, *rest))
+    with oodkern.backend("reference"):
+        assert_are(score_pool(features, head, NAMES, chunk_rows=500), oracle(features, *head), 1e-5)
+    assert (max(seen), sum(seen)) == (40, 1000)
 
 
 def test_heads():
