@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,7 @@ BATCH_NORMS = ("batch", "frozen", "sync")
 IMPLEMENTATIONS = ("auto", "fused", "foreach")
 COMPILED = ("none", "backbone")
 PARALLEL = ("ddp", "fully_shard")
-AUTO = "auto"  # a pool that the run makes itself
-POLICY_OPTIONS: dict[str, tuple[str, ...]] = {
-    "uniform": (),
-    "energy-window": ("low", "high", "score"),
-    "ntom": ("quantile", "score"),
-    "margin": ("threshold", "score"),
-    "top-k": ("score", "largest"),
-    "poem": (),
-    "dos": ("clusters", "score"),
-    "gregplus": ("clusters", "two_way", "score"),
-}
+AUTO = "auto"  # a pool that the run makes itself; the score that suits the labels
 
 # Defaults of an embedded set, and of a method on it, where they are not those of the schema: found by hand, on splits
 # other than those that the README reports, but for energy's alpha, where 0.0001 was tried on these before 0.0003.
@@ -107,7 +97,11 @@ class OutlierPoolConfig:
     low: float = option(0.0, "of energy-window: the quantile of the pool's scores at which it begins")
     high: float = option(0.25, "of energy-window: and at which it ends")
     quantile: float = option(0.125, "of ntom: the share of the pool, by score, that is passed over")
-    score: str = option("energy", "of all but uniform and poem: energy, joint_energy, max_logit or msp")
+    score: str = option(
+        "auto",
+        "of all but uniform, poem: energy, joint_energy, max_logit, msp, or minus one; auto: energy, multi-label "
+        "-joint_energy",
+    )
     largest: bool = option(False, "of top-k: the largest scores; false: the smallest")
     threshold: float | None = option(None, "of margin: the score to be nearest to")
 
@@ -158,14 +152,18 @@ class TrainConfig:
         return is_multi_label(self.data.name)
 
 
-def policy_of(options: OutlierPoolConfig, **own: Any) -> Policy:
+def policy_of(options: OutlierPoolConfig, multi_label: bool = False, **own: Any) -> Policy:
     """The policy that a run chooses outliers by, of those options that are its, and of its own arguments.
 
     Raises ValueError, naming the option.
     """
+    if options.score == AUTO:
+        options = replace(options, score="-joint_energy" if multi_label else "energy")
     if options.policy == "margin" and options.threshold is None:
         raise ValueError("threshold: expected a number, which outliers.policy=margin needs, got null")
-    return POLICIES[options.policy](**{name: getattr(options, name) for name in POLICY_OPTIONS[options.policy]}, **own)
+    kind = POLICIES[options.policy]
+    known = {one.name for one in fields(options)} & {one.name for one in fields(kind) if one.init}
+    return kind(**{name: getattr(options, name) for name in known}, **own)
 
 
 def check_outliers(options: OutlierPoolConfig, method: Any) -> None:

@@ -1,8 +1,8 @@
 """Pools of outliers: their features on disk, scores and clusters of these, and the samples that training takes.
 
-    store = FeatureStore.open("pool")
-    scores = score_pool(store, model.fc)
-    index = POLICIES["gregplus"]().select(store, model.fc, 10_000, torch.Generator().manual_seed(0))
+store = FeatureStore.open("pool")
+scores = score_pool(store, model.fc)
+index = POLICIES["gregplus"]().select(store, model.fc, 10_000, torch.Generator().manual_seed(0))
 """
 
 from oodkern.pools.clustering import KMeans, kmeans

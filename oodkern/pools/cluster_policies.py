@@ -49,8 +49,8 @@ class GRegPlus(Policy):
     Args:
         clusters: k, at most N.
         two_way: take those of highest score, which are told apart already, beside those of lowest.
-        score: energy, joint_energy, max_logit or msp, as `score_pool` has them; of the energy the lowest are those
-            most like in-distribution.
+        score: energy, joint_energy, max_logit or msp, as `score_pool` has them, or with a minus before it. The lowest
+            should be those most like in-distribution, as of energy, -joint_energy, -max_logit and -msp.
         absent_class: go by the softmax probability of the head's last class instead, which training on K + 1 classes
             gives outliers.
         clustering: [N] integers, the cluster of each sample: from `prepare`, which finds them once for many choices.
@@ -124,14 +124,14 @@ class GRegPlus(Policy):
 class DOS(GRegPlus):
     """Of each cluster of the features the samples of lowest score, the hardest: GReg+ with one side.
 
-    Arguments and order are those of `GRegPlus`.
+    Arguments, but for `two_way`, and order are those of `GRegPlus`.
 
     Source: Jiang et al., DOS: Diverse Outlier Sampling for Out-of-Distribution Detection, ICLR 2024, whose score is the
     absent class.
     """
 
     name: ClassVar[str] = "dos"
-    two_way: bool = False
+    two_way: bool = field(default=False, init=False)
 
 
 def _free(scores: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:

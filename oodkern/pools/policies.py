@@ -65,7 +65,7 @@ class EnergyWindow(Policy):
     Args:
         low, high: quantiles, 0 <= low <= high <= 1: of M samples with a score those of ranks floor(low M) to
             ceil(high M) - 1 in ascending order, of equal scores the lower index first.
-        score: energy, joint_energy, max_logit or msp, as `score_pool` has them.
+        score: energy, joint_energy, max_logit or msp, as `score_pool` has them, or with a minus before it.
 
     Of the energy the lowest are those most like in-distribution.
     """
@@ -98,8 +98,8 @@ class NTOM(Policy):
     Args:
         quantile: q, 0..1: of M samples with a score those of ranks floor(q M) to floor(q M) + count - 1, of equal
             scores the lower index first.
-        score: energy, joint_energy, max_logit or msp, as `score_pool` has them; of the energy the lowest are those
-            most like in-distribution.
+        score: energy, joint_energy, max_logit or msp, as `score_pool` has them, or with a minus before it. The lowest
+            should be those most like in-distribution, as of energy, -joint_energy, -max_logit and -msp.
         absent_class: go by the softmax probability of the head's last class instead, which training on K + 1 classes
             gives outliers.
 
@@ -137,7 +137,7 @@ class LowestMargin(Policy):
 
     Args:
         threshold: in units of the score.
-        score: energy, joint_energy, max_logit or msp, as `score_pool` has them.
+        score: energy, joint_energy, max_logit or msp, as `score_pool` has them, or with a minus before it.
     """
 
     name: ClassVar[str] = "margin"
@@ -161,7 +161,7 @@ class TopScore(Policy):
     """The samples of lowest score, or of highest; the best first, of equal scores the lower index first.
 
     Args:
-        score: energy, joint_energy, max_logit or msp, as `score_pool` has them.
+        score: energy, joint_energy, max_logit or msp, as `score_pool` has them, or with a minus before it.
         largest: take the highest.
     """
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oodkern.ops._checks import check_choice, check_count
+from oodkern.ops._checks import check_count
 from oodkern.pools.clustering import check_generator
 from oodkern.pools.scoring import SCORES, Head, score_pool
 from oodkern.pools.store import FeatureStore
@@ -76,7 +76,8 @@ def check_scored(count: int, most: int) -> None:
 
 
 def check_score(name: Any) -> None:
-    check_choice(name, "score", SCORES)
+    if not isinstance(name, str) or name.removeprefix("-") not in SCORES:
+        raise ValueError(f"score: expected one of {', '.join(SCORES)}, or minus one of them (-msp), got {name!r}")
 
 
 def check_fraction(value: Any, name: str) -> None:
@@ -97,15 +98,17 @@ def check_head(head: Any) -> None:
 
 
 def scores_of(store: FeatureStore, head: Any, score: str, processes: Processes) -> np.ndarray:
-    """[N] float32 in a file that is mapped; those of a float64 pool are rounded."""
+    """[N] float32 in a file that is mapped; those of a float64 pool are rounded. `score` may have a minus before it."""
     check_head(head)
-    scores = score_pool(store, head, (score,), processes=processes)[score]
-    if scores.dtype == np.float32:
+    name = score.removeprefix("-")
+    scores = score_pool(store, head, (name,), processes=processes)[name]
+    if scores.dtype == np.float32 and name == score:
         return scores
-    rounded = _mapped(len(scores))
+    turned = _mapped(len(scores))
     for start in range(0, len(scores), ROWS):
-        rounded[start : start + ROWS] = scores[start : start + ROWS]
-    return rounded
+        own = slice(start, start + ROWS)
+        turned[own] = scores[own] if name == score else -scores[own]
+    return turned
 
 
 def absent_class_scores(store: FeatureStore, head: Any, processes: Processes) -> np.ndarray:

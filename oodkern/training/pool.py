@@ -56,7 +56,7 @@ class OutlierPool:
     ) -> None:
         self.config, self.options, self.split = config, config.outliers, split
         self.processes, self.log = processes, log
-        self.policy: Policy = policy_of(self.options)
+        self.policy: Policy = policy_of(self.options, split.multi_label)
         self.features = PoolFeatures(config, split, model, processes, log)
         rows = len(self.features.candidates)
         if (most := self.most_of(rows)) < max(self.options.count, 1):
@@ -140,7 +140,7 @@ class OutlierPool:
         assert self.head is not None
         random = random_numbers(self.config.seed, PREPARE, self.extraction)
         own = {} if self.known is None else {"known": self.known}
-        policy = policy_of(self.options, **own, processes=self.processes)
+        policy = policy_of(self.options, self.split.multi_label, **own, processes=self.processes)
         self.policy = policy.prepare(self.features.store, self.head, random)
 
     def _stream(self) -> None:

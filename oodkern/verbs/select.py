@@ -44,14 +44,14 @@ int64 into FILE.npy, in the order of the choice, with a plot of the scores of th
 is read chunk by chunk. The choice is a function of the pool, the head, the options and the seed alone.
 
 POOL is a folder that `oodkern extract` wrote, or a file of features: .npy, .safetensors, .parquet, .arrow, .feather.
-Scores are formed by the head that is stored with the pool, or by that of --run; low energies are those most like
-in-distribution.
+Scores are formed by the head that is stored with the pool, or by that of --run: by default the energy, or of models of
+several labels -joint_energy, which are low for what is most like in-distribution.
 
 policies:
   uniform         any rows
   energy-window   any rows between two quantiles of the score: --low (default 0), --high (0.25)
   ntom            the rows from a quantile of the score on, ascending: --quantile (0.125)
-  margin          those nearest to a threshold: --threshold (of the run, where its score is the energy)
+  margin          those nearest to a threshold: --threshold (the run's, where it is one of --score)
   top-k           those of lowest score, or --largest
   poem            those nearest to a boundary that is drawn anew by every seed: --known, a pool of ID images
   dos             of each cluster of the features those of lowest score: --clusters (64)
@@ -85,7 +85,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--high", type=float, metavar="Q", help="quantile that the window ends at")
     own.add_argument("--quantile", type=float, metavar="Q", help="share of the pool that is passed over")
     own.add_argument("--threshold", type=float, metavar="E", help="score to be near to")
-    own.add_argument("--score", metavar="NAME", help="energy (default), joint_energy, max_logit or msp")
+    own.add_argument(
+        "--score", metavar="NAME", help="energy (default), joint_energy, max_logit, msp; or --score=-msp for minus one"
+    )
     own.add_argument("--largest", action="store_true", default=None, help="the largest scores first")
     own.add_argument("--one-way", action="store_true", default=None, help="of lowest score alone")
     own.add_argument("--absent-class", action="store_true", default=None, help="by the head's last class instead")
@@ -131,11 +133,12 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     found |= {name: getattr(options, name) for name in ("policy", "run", "count", "seed", "out", "names")}
     found |= {"options": {name: getattr(policy, name) for name in plain_options(policy)}, "plot": None}
     if head is not None:
-        score = getattr(policy, "score", "joint_energy" if facts.get("multi_label") else "energy")
-        scores = score_pool(pool, head, (score,), device=device, progress=sys.stderr.isatty())[score]
-        found |= {"score": score, **selection_record(scores, scores[chosen.numpy()])}
+        score = getattr(policy, "score", suited_score(facts))
+        name = score.removeprefix("-")
+        scores = score_pool(pool, head, (name,), device=device, progress=sys.stderr.isatty())[name]
+        found |= {"score": name, **selection_record(scores, scores[chosen.numpy()])}
         found["plot"] = options.plot or str(Path(options.out).with_suffix(".svg"))
-        drawn = selection_figure(scores, scores[chosen.numpy()], options.policy, score)
+        drawn = selection_figure(scores, scores[chosen.numpy()], options.policy, name)
         write_text(ready(found["plot"]), drawn)
     if options.names:
         write_text(ready(options.names), "".join(f"{as_line(key)}\n" for key in pool.keys(chosen)))
@@ -228,6 +231,8 @@ def policy_of(options: argparse.Namespace, pool: FeatureStore, facts: Mapping[st
     from oodkern.pools.policies import POLICIES as KINDS
 
     given = {name: value for name in POLICIES[options.policy] if (value := getattr(options, name)) is not None}
+    if "score" in POLICIES[options.policy]:
+        given.setdefault("score", suited_score(facts))
     if given.pop("one_way", False):
         given["two_way"] = False
     if options.policy == "margin" and options.threshold is None:
@@ -248,19 +253,21 @@ def policy_of(options: argparse.Namespace, pool: FeatureStore, facts: Mapping[st
         raise ConfigError(as_typed(error)) from None
 
 
+def suited_score(facts: Mapping[str, Any]) -> str:
+    """What is lowest for what is most like in-distribution."""
+    return "-joint_energy" if facts.get("multi_label") else "energy"
+
+
 def threshold_of(options: argparse.Namespace, facts: Mapping[str, Any]) -> float:
-    """The run's own, where it is one of the energy at temperature 1."""
+    """The run's own, where it is one of the score that margin goes by, at temperature 1."""
     from oodkern.config import ConfigError
 
-    score = facts.get("score", "unknown")
-    threshold = facts.get("threshold")
+    score, threshold = facts.get("score"), facts.get("threshold")
     if facts.get("checkpoint") == "baseline":
         raise ConfigError("--threshold: expected a number, since the run's is not that of its starting model")
-    if options.score not in (None, "energy") or score != "energy" or not isinstance(threshold, int | float):
-        raise ConfigError(
-            f"--threshold: expected a number, since the run's score is {score}, and margin goes by "
-            f"{options.score or 'energy'}"
-        )
+    own, asked = f"-{score}" if score != "energy" else score, options.score or suited_score(facts)
+    if asked != own or not isinstance(threshold, int | float):
+        raise ConfigError(f"--threshold: expected a number, since the run's score is {own}, and margin goes by {asked}")
     if facts.get("temperature", 1.0) != 1.0:
         raise ConfigError(f"--threshold: expected a number, since the run's is at temperature {facts['temperature']:g}")
     return float(threshold)

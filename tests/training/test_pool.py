@@ -11,9 +11,10 @@ from training.test_resume import silent
 from oodkern.config import ConfigError, load_config
 from oodkern.data import ArraySet
 from oodkern.methods import METHODS
+from oodkern.pools import POLICIES
 from oodkern.pools.extraction import extract
 from oodkern.pools.store import FeatureStore
-from oodkern.schema import POLICY_OPTIONS, policy_of
+from oodkern.schema import OutlierPoolConfig, policy_of
 from oodkern.training import train
 from oodkern.training.files import load_checkpoint, read_json_lines
 from oodkern.training.pool import PREPARE, SELECT, OutlierPool, head_of, random_numbers
@@ -272,10 +273,20 @@ def test_choices_without_a_pool():
     assert str(caught.value) == "outliers.pool: expected features, or auto, for outliers.refresh to count; got none"
 
 
-def test_policies_are_those_that_there_are():
-    from oodkern.pools.policies import POLICIES
+def test_policies_have_the_options_that_are_theirs():
+    options = OutlierPoolConfig(clusters=3, two_way=False, low=0.1, high=0.2, quantile=0.3, largest=True, threshold=1.5)
+    for name, kind in POLICIES.items():
+        policy = policy_of(replace(options, policy=name, score="-msp"))
+        assert type(policy) is kind
+        for key in ("clusters", "two_way", "low", "high", "quantile", "largest", "threshold"):
+            assert getattr(policy, key, getattr(options, key)) == getattr(options, key), (name, key)
+        assert getattr(policy, "score", "-msp") == "-msp"
 
-    assert POLICIES.keys() == POLICY_OPTIONS.keys()
+
+def test_the_score_that_suits_the_labels():
+    options = OutlierPoolConfig(policy="ntom")
+    assert policy_of(OutlierPoolConfig(policy="dos")).two_way is False
+    assert (policy_of(options).score, policy_of(options, multi_label=True).score) == ("energy", "-joint_energy")
 
 
 def test_a_configuration_of_before(tmp_path):
