@@ -97,11 +97,7 @@ class OutlierPoolConfig:
     low: float = option(0.0, "of energy-window: the quantile of the pool's scores at which it begins")
     high: float = option(0.25, "of energy-window: and at which it ends")
     quantile: float = option(0.125, "of ntom: the share of the pool, by score, that is passed over")
-    score: str = option(
-        "auto",
-        "of all but uniform, poem: energy, joint_energy, max_logit, msp, or minus one; auto: energy, multi-label "
-        "-joint_energy",
-    )
+    score: str = option("auto", "energy, joint_energy, max_logit, msp, or minus one; auto: energy, or -joint_energy")
     largest: bool = option(False, "of top-k: the largest scores; false: the smallest")
     threshold: float | None = option(None, "of margin: the score to be nearest to")
 

@@ -26,7 +26,7 @@ def blocks(text, language):
 def test_python_blocks_run(readme, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(readme, "python")
-    assert len(found) == 8
+    assert len(found) == 9
     names: dict = {}
     exec(found[0], names)
     assert (names["energy"].shape, names["energy"].dtype) == ((256,), torch.float32)
@@ -56,6 +56,9 @@ def test_python_blocks_run(readme, tmp_path, monkeypatch):
     assert main(["train", "--quiet", "epochs=1", "pretrain.epochs=1", "model.width=4"]) == 0
     exec(found[7], names)
     assert (len(names["names"]), names["score"].shape, names["is_ood"].dtype) == (5, (3,), torch.bool)
+    exec(found[8], names)
+    assert {name: one.shape for name, one in names["scores"].items()}.keys() == {"energy", "joint_energy", "msp"}
+    assert len(names["index"].unique()) == len(names["index"]) == 500
 
 
 def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
@@ -64,7 +67,7 @@ def test_commands_parse(readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line.split("#")[0].split() for block in blocks(readme, "sh") for line in block.splitlines()]
     trains = [line[2:] for line in lines if line[:2] == ["oodkern", "train"] and "--help" not in line]
-    assert len(trains) == 4
+    assert len(trains) == 6
     jobs = [line[line.index("train") + 1 :] for line in lines if line[:1] == ["torchrun"]]
     plans = [line[2:] for line in lines if line[:2] == ["oodkern", "plan"]]
     for arguments in (*jobs, *plans):
@@ -159,6 +162,20 @@ def test_the_times_of_products_are_the_stored_ones(readme, root):
         for row in (single, half):
             assert row["shape"] == [65_536, 512, 1_000]
             assert row["beyond"]["eager"] >= 50 * row["beyond"]["oodkern"]
+
+
+def test_the_figures_of_pools_are_the_stored_ones(readme, root):
+    rows = json.loads((root / "benches/results/pool-cpu-2-cores.json").read_text())["rows"]
+    for row in rows[:2]:
+        classes, grown = (re.search(found, row["case"])[1] for found in (r"K=([\d,]+),", r"grew by (\d+) MB"))
+        share = row["milliseconds"]["bare product"] / row["milliseconds"]["oodkern"]
+        assert f"| {classes} | {share:.2f} | {row['ratio']:.2f} | {grown} MB |" in readme
+        assert row["shape"] == [4_000_000, 128]
+    text = " ".join(readme.split())
+    for row, name in zip(rows[2:], ("MiniBatchKMeans", "KMeans of 20,000 rows"), strict=True):
+        assert re.search(rf"{row['ratio']:.2f} times as fast as (scikit-learn's|its) {name}", text)
+        assert row["error"]["oodkern"] < 0.02
+    assert f"in {rows[2]['milliseconds']['oodkern'] / 1e3:.2f} s" in text
 
 
 def test_verbs_that_are_named_exist(readme):

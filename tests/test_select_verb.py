@@ -177,7 +177,7 @@ def test_thresholds_and_models_that_do_not_fit(tmp_path, capsys):
     asked = [tmp_path / "pool", "--policy", "margin", "--count", "9", "--out", tmp_path / "c.npy"]
     plan = json.loads(manifest.read_text())
     for facts, words, message in (
-        ({"score": "msp"}, [], "since the run's score is msp, and margin goes by energy"),
+        ({"score": "msp"}, [], "since the run's score is -msp, and margin goes by energy"),
         ({}, ["--score", "msp"], "since the run's score is energy, and margin goes by msp"),
         ({"temperature": 2.0}, [], "since the run's is at temperature 2"),
         ({"threshold": None}, [], "since the run's score is energy"),
@@ -187,6 +187,9 @@ def test_thresholds_and_models_that_do_not_fit(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("oodkern select: --threshold: expected a number, ")
         assert message in error
+    manifest.write_text(json.dumps({**plan, "facts": {**plan["facts"], "score": "msp"}}))  # whose threshold is of -msp
+    selected(*asked, "--score=-msp")
+    assert capsys.readouterr().err == ""
     manifest.write_text(json.dumps({**plan, "fingerprint": "0" * 64}))
     selected(*asked, "--run", "r")
     assert capsys.readouterr().err.startswith(

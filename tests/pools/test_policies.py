@@ -99,13 +99,13 @@ def test_uniform(count):
         assert sorted(found.tolist()) == list(range(count))
 
 
-@pytest.mark.parametrize("score", ["energy", "joint_energy", "max_logit", "msp"])
+@pytest.mark.parametrize("score", ["energy", "joint_energy", "max_logit", "msp", "-joint_energy", "-msp"])
 @pytest.mark.parametrize("module", [False, True])
 def test_any_score_of_any_head(score, module):
     torch.manual_seed(3)
     features, linear = torch.randn(100, 16), torch.nn.Linear(16, 7)
     every = LinearScores(*linear_scores(features, linear.weight.detach(), linear.bias.detach()))
-    expected = getattr(every, score).numpy()
+    expected = getattr(every, score.removeprefix("-")).numpy() * (-1 if score.startswith("-") else 1)
     assert np.diff(np.sort(expected)[:21]).min() > 1e-6  # above rounding
     head = linear if module else (linear.weight.detach(), linear.bias.detach())
     found = TopScore(score).select(FeatureStore.of(features), head, 20, seeded())
