@@ -205,7 +205,10 @@ def test_arguments(name):
         (lambda: NTOM(absent_class=1), "absent_class: expected True or False, got int"),
         (lambda: LowestMargin(math.inf), "threshold: expected a finite number, got inf"),
         (lambda: LowestMargin("0"), "threshold: expected a number, got str"),
-        (lambda: TopScore("argmax"), "score: expected one of energy, joint_energy, max_logit, msp, or minus"),
+        (
+            lambda: TopScore("argmax"),
+            "score: expected one of energy, joint_energy, max_logit, msp, or minus one of them (-msp), got 'argmax'",
+        ),
         (lambda: TopScore(largest=1), "largest: expected True or False, got int"),
     ],
 )
