@@ -158,7 +158,8 @@ def policy_of(options: OutlierPoolConfig, multi_label: bool = False, **own: Any)
     if options.policy == "margin" and options.threshold is None:
         raise ValueError("threshold: expected a number, which outliers.policy=margin needs, got null")
     kind = POLICIES[options.policy]
-    known = {one.name for one in fields(options)} & {one.name for one in fields(kind) if one.init}
+    known = {one.name for one in fields(options)} & {one.name for one in fields(kind)}
+    known -= {"two_way"} if options.policy == "dos" else set()  # which is gregplus of one side
     return kind(**{name: getattr(options, name) for name in known}, **own)
 
 

@@ -81,7 +81,7 @@ def test_a_choice_from_end_to_end(tmp_path, capsys):
     assert found["options"] == {"clusters": 8, "two_way": False, "score": "energy", "absent_class": False}
     assert found["plot"] == f"{tmp_path}/plots/p.svg"
     assert (tmp_path / "plots" / "p.svg").exists()
-    assert found["chosen"]["quantiles"][4] < np.quantile(energies[rows], 0.95)
+    assert found["scores"]["chosen"]["quantiles"][4] < np.quantile(energies[rows], 0.95)
     selected(*asked, "--out", tmp_path / "new" / "chosen.npy")
     assert (tmp_path / "new" / "chosen.svg").read_bytes() == before
 
@@ -96,7 +96,7 @@ def test_a_choice_from_end_to_end(tmp_path, capsys):
         ("margin", ["--threshold", "-1.5"], {"threshold": -1.5}),
         ("top-k", ["--largest", "--score", "max_logit"], {"largest": True, "score": "max_logit"}),
         ("poem", ["--known", "known"], {"known": None}),
-        ("dos", ["--clusters", "5", "--absent-class"], {"clusters": 5, "absent_class": True}),
+        ("dos", ["--clusters", "5"], {"clusters": 5}),
     ],
 )
 def test_each_policy_as_its_class(policy, words, options, tmp_path):
@@ -109,6 +109,24 @@ def test_each_policy_as_its_class(policy, words, options, tmp_path):
     selected("pool", "--policy", policy, *words, "--count", 12, "--out", tmp_path / "c.npy", "--run", "r")
     assert np.load(tmp_path / "c.npy").tolist() == expected.tolist()
     assert f"the pool, and what {policy} took of it" in text_of(tmp_path / "c.svg")
+
+
+def test_a_class_for_outliers(tmp_path, capsys):
+    """Of a head with one class more than the ID set has: what is shown is what chose."""
+    shutil.copytree("pool", tmp_path / "pool")
+    manifest = tmp_path / "pool" / "manifest.json"
+    plan = json.loads(manifest.read_text())
+    plan["facts"]["classes"].pop()
+    manifest.write_text(json.dumps(plan))
+    pool, policy = FeatureStore.open("pool"), POLICIES["dos"](clusters=5, absent_class=True)
+    expected = policy.select(pool, pool.head, 12, torch.Generator().manual_seed(0))
+    words = ("--policy", "dos", "--clusters", 5, "--absent-class", "--count", 12, "--json")
+    selected(tmp_path / "pool", *words, "--out", tmp_path / "c.npy")
+    assert np.load(tmp_path / "c.npy").tolist() == expected.tolist()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pool"], found["score"]) == (f"{tmp_path}/pool", "log p of the absent class")
+    quantiles = np.quantile(policy.scores(pool, pool.head), found["scores"]["at"])
+    assert found["scores"]["pool"]["quantiles"] == pytest.approx(quantiles.tolist())
 
 
 def test_every_policy_is_there():
@@ -222,11 +240,17 @@ def test_thresholds_and_models_that_do_not_fit(tmp_path, capsys):
         (["--policy", "uniform", "--count", "9999"], "--count: expected a number from 1 to "),
         (["--policy", "uniform", "--device", "tpu"], "device: expected"),
         (["--policy", "uniform", "--dtype", "bfloat16"], "pool: expected bfloat16, got float16"),
+        (["--policy", "dos", "--absent-class", "--score", "msp"], "--score: expected none beside --absent-class"),
+        (["--policy", "dos", "--absent-class"], "--absent-class: expected a head with a class more than the run's "),
+        (["--policy", "uniform", "--out", "c.svg"], "--out: expected a name that ends in .npy, got c.svg"),
+        (["--policy", "uniform", "--names", "c.npy", "--out", "c.npy"], "--names: expected another file than that of"),
+        (["--policy", "uniform", "--names", "."], "--names: expected a file, got the folder ."),
         (["--policy", "uniform", "--name", "x"], "name: expected none"),
     ],
 )
 def test_mistakes_are_2_and_one_line(words, message, tmp_path, capsys):
-    selected("pool", "--count", "9", *words, "--out", tmp_path / "c.npy", code=2)
+    words = words if "--out" in words else [*words, "--out", tmp_path / "c.npy"]
+    selected("pool", "--count", "9", *words, code=2)
     printed = capsys.readouterr()
     assert printed.err.startswith(f"oodkern select: {message}")
     assert printed.err.count("\n") == 1

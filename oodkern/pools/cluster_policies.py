@@ -15,14 +15,11 @@ from oodkern.ops.select import cluster_extremes
 from oodkern.pools.minibatch import assign, check_clusters, minibatch_kmeans
 from oodkern.pools.policy import (
     Head,
-    Policy,
-    absent_class_scores,
+    ScoredPolicy,
     check_flag,
-    check_head,
     check_score,
     check_scored,
     device_of,
-    scores_of,
 )
 from oodkern.pools.ranks import drawn, scored, taken
 
@@ -33,7 +30,7 @@ ROWS = 1 << 18  # samples of a chunk
 
 
 @dataclass(frozen=True)
-class GRegPlus(Policy):
+class GRegPlus(ScoredPolicy):
     """Of each cluster of the features the samples of lowest score, and of highest.
 
     Features are divided by their norms and clustered by `minibatch_kmeans`. With `two_way`, ceil(count / 2) samples are
@@ -55,8 +52,8 @@ class GRegPlus(Policy):
             gives outliers.
         clustering: [N] integers, the cluster of each sample: from `prepare`, which finds them once for many choices.
 
-    Memory: 8 bytes a sample while the ends are looked for, beside the clustering (2 bytes a sample up to 32,767
-    clusters) and what k-means takes.
+    Memory: the clustering, 2 bytes a sample up to 32,767 clusters (4 more while it is found); a byte a sample
+    where samples are drawn; chunks, and what k-means takes.
 
     Source: Sharifi et al., ECCV 2024 (GReg+), which does so with 64 clusters of the candidates of every step.
     """
@@ -83,18 +80,13 @@ class GRegPlus(Policy):
         small = self.clusters <= torch.iinfo(torch.int16).max
         return replace(self, clustering=index.to(torch.int16 if small else torch.int32))
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
-        check_head(head)
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         clustering = self.clustering
         if clustering is None:
             clustering = self.prepare(store, head, generator).clustering
             assert clustering is not None
         elif clustering.shape != (len(store),):
             raise ValueError(f"clustering: expected [{len(store)}], one a sample, got {list(clustering.shape)}")
-        if self.absent_class:
-            scores = absent_class_scores(store, head, self.processes)
-        else:
-            scores = scores_of(store, head, self.score, self.processes)
         check_scored(count, scored(scores))
         ends = self._ends(scores, clustering, count)
         if len(ends) == count:
@@ -109,7 +101,7 @@ class GRegPlus(Policy):
         high = count // 2 if self.two_way else 0
         low = count - high
         per_side = -(-low // self.clusters)
-        found = cluster_extremes(torch.from_numpy(np.array(scores)), clustering, self.clusters, per_side)
+        found = streamed_extremes(scores, clustering, self.clusters, per_side)
         place = torch.arange(per_side)
         ends = []
         for side, number in zip(found, (low, high), strict=True):
@@ -120,18 +112,34 @@ class GRegPlus(Policy):
         return torch.cat([lowest, highest[~torch.isin(highest, lowest)]])
 
 
+def streamed_extremes(scores: np.ndarray, clustering: Tensor, clusters: int, per_side: int) -> tuple[Tensor, Tensor]:
+    """`cluster_extremes`, in memory for a chunk and the result: the ends of a chunk and of what was found before are
+    those of all rows so far. Candidates are in ascending order, so that of equal scores the lower index stays first.
+    """
+    rows, ends = max(ROWS, 4 * clusters * per_side), torch.empty(0, dtype=torch.int64)
+    lowest = highest = ends
+    for start in range(0, len(scores), rows):
+        chunk = torch.arange(start, min(start + rows, len(scores)))
+        candidates = torch.cat([ends[ends >= 0].unique(), chunk])
+        score, cluster = torch.from_numpy(scores[candidates.numpy()]), clustering[candidates].long()
+        found = cluster_extremes(score, cluster, clusters, per_side)
+        lowest, highest = (torch.where(side < 0, side, candidates[side]) for side in found)
+        ends = torch.cat([lowest, highest]).flatten()
+    return lowest, highest
+
+
 @dataclass(frozen=True)
 class DOS(GRegPlus):
     """Of each cluster of the features the samples of lowest score, the hardest: GReg+ with one side.
 
-    Arguments, but for `two_way`, and order are those of `GRegPlus`.
+    Arguments and order are those of `GRegPlus`.
 
     Source: Jiang et al., DOS: Diverse Outlier Sampling for Out-of-Distribution Detection, ICLR 2024, whose score is the
     absent class.
     """
 
     name: ClassVar[str] = "dos"
-    two_way: bool = field(default=False, init=False)
+    two_way: bool = False
 
 
 def _free(scores: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:

@@ -74,7 +74,8 @@ def minibatch_kmeans(
     Rows that are not finite are passed over. A center that is nobody's nearest in a batch stays where it is while it
     has members in the sample before; then it goes on from the row that is farthest from its center. The same state of
     the generator gives the same bits (on the CPU at the same number of threads). In memory for a batch in float32.
-    Raises TypeError or ValueError for an argument of the wrong kind, or where fewer than k rows are finite.
+    Raises TypeError or ValueError for an argument of the wrong kind, or where fewer than k of the rows that
+    the first centers are from are finite.
 
     Source: Lloyd, 1982; Arthur and Vassilvitskii, 2007; Sculley, 2010.
     """
@@ -99,7 +100,7 @@ def minibatch_kmeans(
 
     x = rows(seeds_from)
     if len(x) < clusters:
-        raise ValueError(f"features: expected {clusters} finite rows, one for each cluster, got {len(x)}")
+        raise ValueError(f"features: expected {clusters} finite rows of {seeds_from:,} at least, got {len(x)}")
     if seeds_from >= N:
         return kmeans(x, clusters, generator).centers
     found = kmeans(x, clusters, generator, RESTARTS, SEED_ITERATIONS)

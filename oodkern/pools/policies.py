@@ -15,12 +15,11 @@ from oodkern.ops.top_k import TopK
 from oodkern.pools.cluster_policies import DOS, GRegPlus
 from oodkern.pools.policy import (
     Policy,
-    absent_class_scores,
+    ScoredPolicy,
     check_flag,
     check_fraction,
     check_score,
     check_scored,
-    scores_of,
 )
 from oodkern.pools.ranks import drawn, quantile_rank, rank_members, rank_slice, scored, taken
 from oodkern.pools.thompson import POEM
@@ -54,12 +53,12 @@ class Uniform(Policy):
 
     name: ClassVar[str] = "uniform"
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         return drawn(len(store), count, generator)
 
 
 @dataclass(frozen=True)
-class EnergyWindow(Policy):
+class EnergyWindow(ScoredPolicy):
     """Any rows of those whose score is between two quantiles; in random order.
 
     Args:
@@ -82,8 +81,7 @@ class EnergyWindow(Policy):
             raise ValueError(f"low: expected at most high, {self.high}, got {self.low}")
         check_score(self.score)
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
-        scores = scores_of(store, head, self.score, self.processes)
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         check_scored(count, most := scored(scores))
         start, stop = quantile_rank(self.low, most), quantile_rank(self.high, most, up=True)
         if count > stop - start:
@@ -92,7 +90,7 @@ class EnergyWindow(Policy):
 
 
 @dataclass(frozen=True)
-class NTOM(Policy):
+class NTOM(ScoredPolicy):
     """The samples of `count` ranks from a quantile on, ascending by score: hard ones, but not the hardest.
 
     Args:
@@ -117,11 +115,7 @@ class NTOM(Policy):
         check_score(self.score)
         check_flag(self.absent_class, "absent_class")
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
-        if self.absent_class:
-            scores = absent_class_scores(store, head, self.processes)
-        else:
-            scores = scores_of(store, head, self.score, self.processes)
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         check_scored(count, most := scored(scores))
         start = quantile_rank(self.quantile, most)
         if count > most - start:
@@ -130,7 +124,7 @@ class NTOM(Policy):
 
 
 @dataclass(frozen=True)
-class LowestMargin(Policy):
+class LowestMargin(ScoredPolicy):
     """The samples of smallest |score - threshold|, where a detector is least sure; ascending by that.
 
     Of equal margins, which are formed in float64, the lower index comes first.
@@ -151,13 +145,12 @@ class LowestMargin(Policy):
             raise ValueError(f"threshold: expected a finite number, got {self.threshold}")
         check_score(self.score)
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
-        scores = scores_of(store, head, self.score, self.processes)
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         return _best(((start, (one.double() - self.threshold).abs()) for start, one in _chunks(scores)), count, False)
 
 
 @dataclass(frozen=True)
-class TopScore(Policy):
+class TopScore(ScoredPolicy):
     """The samples of lowest score, or of highest; the best first, of equal scores the lower index first.
 
     Args:
@@ -173,8 +166,8 @@ class TopScore(Policy):
         check_score(self.score)
         check_flag(self.largest, "largest")
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
-        return _best(_chunks(scores_of(store, head, self.score, self.processes)), count, self.largest)
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
+        return _best(_chunks(scores), count, self.largest)
 
 
 def _chunks(scores: np.ndarray) -> Iterator[tuple[int, Tensor]]:

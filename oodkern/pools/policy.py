@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oodkern.ops._checks import check_count
 from oodkern.pools.clustering import check_generator
+from oodkern.pools.ranks import check_scores
 from oodkern.pools.scoring import SCORES, Head, score_pool
 from oodkern.pools.store import FeatureStore
 from oodkern.pools.streaming import staged_chunks
@@ -41,8 +42,19 @@ class Policy:
         """The policy with what depends on the features alone, so that it need not be formed for every choice."""
         return self
 
+    def scores(self, store: FeatureStore, head: Head | None, progress: bool = False) -> np.ndarray | None:
+        """What it goes by, [N] float32 in a file that is mapped; None where that is not one number a sample."""
+        return None
+
     @torch.no_grad()
-    def select(self, store: FeatureStore, head: Head | None, count: int, generator: torch.Generator) -> Tensor:
+    def select(
+        self,
+        store: FeatureStore,
+        head: Head | None,
+        count: int,
+        generator: torch.Generator,
+        scores: np.ndarray | None = None,
+    ) -> Tensor:
         """Rows of the store.
 
         Args:
@@ -50,6 +62,7 @@ class Policy:
             head: an nn.Linear, or (weight [K, D], bias [K] or None); None where the policy has no use for one.
             count: how many, 0..N.
             generator: the source of all random numbers, on any device.
+            scores: what `scores(store, head)` gave, where the caller has it.
 
         Returns:
             [count] int64 on the CPU, no row twice, in the order that the policy says. Samples whose score is NaN are
@@ -62,12 +75,29 @@ class Policy:
         if count > len(store):
             raise ValueError(f"count: expected at most {len(store)}, the number of samples, got {count}")
         check_generator(generator)
+        if scores is not None:
+            check_scores(scores)
+            if len(scores) != len(store):
+                raise ValueError(f"scores: expected {len(store)}, one a sample, got {len(scores)}")
         if count == 0:
             return torch.empty(0, dtype=torch.int64)
-        return self._choose(store, head, count, generator)
+        if scores is None:
+            scores = self.scores(store, head)
+        return self._choose(store, head, count, generator, scores)
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         raise NotImplementedError
+
+
+class ScoredPolicy(Policy):
+    """One that goes by its `score`, or by the absent class where it is told to."""
+
+    score: str
+
+    def scores(self, store: FeatureStore, head: Head | None, progress: bool = False) -> np.ndarray:
+        if getattr(self, "absent_class", False):
+            return absent_class_scores(store, head, self.processes, progress)
+        return scores_of(store, head, self.score, self.processes, progress)
 
 
 def check_scored(count: int, most: int) -> None:
@@ -95,13 +125,17 @@ def check_flag(value: Any, name: str) -> None:
 def check_head(head: Any) -> None:
     if head is None:
         raise ValueError("head: expected an nn.Linear, or (weight, bias), for the scores, got None")
+    if not isinstance(head, nn.Linear | tuple | list):
+        raise TypeError(f"head: expected an nn.Linear or a pair (weight, bias), got {type(head).__name__}")
 
 
-def scores_of(store: FeatureStore, head: Any, score: str, processes: Processes) -> np.ndarray:
+def scores_of(
+    store: FeatureStore, head: Any, score: str, processes: Processes = ALONE, progress: bool = False
+) -> np.ndarray:
     """[N] float32 in a file that is mapped; those of a float64 pool are rounded. `score` may have a minus before it."""
     check_head(head)
     name = score.removeprefix("-")
-    scores = score_pool(store, head, (name,), processes=processes)[name]
+    scores = score_pool(store, head, (name,), progress=progress, processes=processes)[name]
     if scores.dtype == np.float32 and name == score:
         return scores
     turned = _mapped(len(scores))
@@ -111,12 +145,12 @@ def scores_of(store: FeatureStore, head: Any, score: str, processes: Processes) 
     return turned
 
 
-def absent_class_scores(store: FeatureStore, head: Any, processes: Processes) -> np.ndarray:
+def absent_class_scores(store: FeatureStore, head: Any, processes: Processes, progress: bool = False) -> np.ndarray:
     """log p of the last class of the head, z_K + E, [N] float32 in a file that is mapped.
 
     The logarithm has the order of the probability, and none of its ties where it is 0 to rounding.
     """
-    energy = scores_of(store, head, "energy", processes)
+    energy = scores_of(store, head, "energy", processes, progress)
     weight, bias = parameters_of(head)
     row, offset = widen(weight[-1]), 0.0 if bias is None else float(bias[-1])
     row = row.double() if store.dtype == torch.float64 else row.float()

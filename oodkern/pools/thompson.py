@@ -94,7 +94,7 @@ class POEM(Policy):
         mean = torch.cholesky_solve((sums * (self.target / self.sigma_noise))[:, None], factor)[:, 0]
         return mean, factor
 
-    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator) -> Tensor:
+    def _choose(self, store: FeatureStore, head: Any, count: int, generator: torch.Generator, scores: Any) -> Tensor:
         mean, factor = self.posterior(store, generator)
         normal = torch.randn(len(mean), dtype=torch.float64, generator=generator, device=generator.device).cpu()
         deviation = torch.linalg.solve_triangular(factor.T, normal[:, None], upper=True)[:, 0]

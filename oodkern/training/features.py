@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from oodkern.config import ConfigError, TrainConfig
 from oodkern.data import DataError, OODSplit
 from oodkern.outlier_sets import evaluating
 from oodkern.pools.extraction import extract, fingerprint, image_keys
+from oodkern.pools.manifest import read_manifest
 from oodkern.pools.store import FeatureStore
 from oodkern.processes import Processes
 from oodkern.schema import AUTO
@@ -53,8 +55,14 @@ class PoolFeatures:
         self.opened: FeatureStore | None = None
         if not self.given:
             return
-        processes.once(lambda: self._open(model, verify=True))  # one process looks at all bytes, for all
+        processes.once(lambda: self._open(model, verify=True) and None)  # one looks at all bytes, for all
         opened = self._open(model, verify=False)
+        self._take(opened)
+        if not len(self.images):
+            raise ConfigError(
+                f"outliers.pool: expected features of the outliers to train with, {len(split.outliers):,} images; "
+                f"none of the {len(opened):,} rows in {self.given} is of one of them"
+            )
         self.candidates = self.images.sort().values
         log(
             f"pool {self.given}: {len(opened):,} rows of {opened.dimension} features; {len(self.images):,} of the "
@@ -77,12 +85,6 @@ class PoolFeatures:
             raise ConfigError(
                 f"outliers.pool: expected the images' keys beside features, as `oodkern extract` writes them, got none "
                 f"in {self.given}"
-            )
-        self._take(store)
-        if not len(self.images):
-            raise ConfigError(
-                f"outliers.pool: expected features of the outliers to train with, {len(self.split.outliers):,} images; "
-                f"none of the {len(store):,} rows in {self.given} is of one of them"
             )
         return store
 
@@ -165,6 +167,7 @@ class PoolFeatures:
             "own": self.own,
             "shape": shape,
             "fingerprint": "" if opened is None else opened.fingerprint,
+            "digest": "" if opened is None else digest_of(opened),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,15 +178,24 @@ class PoolFeatures:
                 self._take(FeatureStore.open(self.folder / self.own, verify=False))
             except DataError as error:
                 raise ConfigError(f"outliers.pool: the run goes on with features that are gone: {error}") from None
-        now = self.state_dict()
-        if state != now:
+        if state != (now := self.state_dict()):
             before, found = (
-                f"{one['shape']} of the model {one['fingerprint'][:12] or 'that is unknown'}" for one in (state, now)
+                f"{one['shape']} of the model {one['fingerprint'][:12] or 'that is unknown'}, SHA-256 "
+                f"{one['digest'][:12]}"
+                for one in (state, now)
             )
             where = self.folder / self.own if self.own else self.given
             raise ConfigError(
                 f"outliers.pool: the run in {self.config.folder} has features {before}, got {found} in {where}"
             )
+
+
+def digest_of(store: FeatureStore) -> str:
+    """SHA-256, in hex, of the checksums of what a pool has in which row."""
+    shards = read_manifest(store.path).shards
+    return hashlib.sha256(
+        "".join(f"{one.rows} {one.sha256} {one.keys_sha256}\n" for one in shards).encode()
+    ).hexdigest()
 
 
 @torch.no_grad()

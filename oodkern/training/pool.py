@@ -59,7 +59,12 @@ class OutlierPool:
         self.policy: Policy = policy_of(self.options, split.multi_label)
         self.features = PoolFeatures(config, split, model, processes, log)
         rows = len(self.features.candidates)
-        if (most := self.most_of(rows)) < max(self.options.count, 1):
+        if not (most := self.most_of(rows)):
+            raise ConfigError(
+                f"outliers.{'low' if self.options.policy == 'energy-window' else 'quantile'}: expected a part of the "
+                f"pool to choose from, got none of {rows} outliers with features"
+            )
+        if most < self.options.count:
             raise ConfigError(
                 f"outliers.count: expected at most {most} of {rows} outliers with features, those that "
                 f"{self.options.policy} chooses from, got {self.options.count}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import sys
@@ -13,6 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from oodkern.verbs.common import EXIT_CODES, EXIT_OK
 from oodkern.verbs.extract import CHECKPOINTS, facts_of, loaded
+from oodkern.verbs.select_policy import (
+    OPTIONS,
+    POLICIES,
+    as_typed,
+    opened,
+    plain_options,
+    policy_of,
+    suited_score,
+    typed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,20 +31,7 @@ if TYPE_CHECKING:
 
     Head = tuple[Tensor, Tensor | None]
 
-# Of each policy, its options by their names here; `oodkern.pools.policies` has their defaults and what they mean.
-CLUSTERED = ("clusters", "score", "absent_class")
-POLICIES = {
-    "uniform": (),
-    "energy-window": ("low", "high", "score"),
-    "ntom": ("quantile", "score", "absent_class"),
-    "margin": ("threshold", "score"),
-    "top-k": ("score", "largest"),
-    "poem": ("known",),
-    "dos": CLUSTERED,
-    "gregplus": (*CLUSTERED, "one_way"),
-}
 HEADLESS = ("uniform", "poem")  # which look at no head
-OPTIONS = tuple(dict.fromkeys(name for names in POLICIES.values() for name in names))
 
 SHORT = "rows of a pool by a policy: which images to train with"
 HELP = """\
@@ -111,7 +107,7 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     from oodkern.config import ConfigError
     from oodkern.detector import find_device
     from oodkern.outlier_sets import LARGEST_SEED
-    from oodkern.pools.scoring import score_pool
+    from oodkern.pools.policy import scores_of
     from oodkern.report.selection import selection_figure, selection_record, selection_table
 
     check_options(options)
@@ -124,22 +120,23 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
     if options.names and not pool.has_keys:
         raise ConfigError(f"--names: {options.pool} has no keys of images")
     head, facts = head_of(options, pool, device)
-    policy = policy_of(options, pool, facts)
+    policy = policy_of(options, pool, head, facts)
+    watched = sys.stderr.isatty()
     try:
-        chosen = policy.select(pool, head, options.count, torch.Generator().manual_seed(options.seed))
+        scores = policy.scores(pool, head, progress=watched)
+        random = torch.Generator().manual_seed(options.seed)
+        chosen = policy.select(pool, head, options.count, random, scores=scores)
     except ValueError as error:
         raise ConfigError(as_typed(error)) from None
     found: dict[str, Any] = {"pool": options.pool, "rows": len(pool), "skipped": list(pool.skipped)}
     found |= {name: getattr(options, name) for name in ("policy", "run", "count", "seed", "out", "names")}
     found |= {"options": {name: getattr(policy, name) for name in plain_options(policy)}, "plot": None}
     if head is not None:
-        score = getattr(policy, "score", suited_score(facts))
-        name = score.removeprefix("-")
-        scores = score_pool(pool, head, (name,), device=device, progress=sys.stderr.isatty())[name]
-        found |= {"score": name, **selection_record(scores, scores[chosen.numpy()])}
-        found["plot"] = options.plot or str(Path(options.out).with_suffix(".svg"))
-        drawn = selection_figure(scores, scores[chosen.numpy()], options.policy, name)
-        write_text(ready(found["plot"]), drawn)
+        name = "log p of the absent class" if options.absent_class else getattr(policy, "score", suited_score(facts))
+        if scores is None:
+            scores = scores_of(pool, head, name, progress=watched)
+        found |= {"score": name, "scores": selection_record(scores, scores[chosen.numpy()]), "plot": options.plot}
+        write_text(ready(options.plot), selection_figure(scores, scores[chosen.numpy()], options.policy, name))
     if options.names:
         write_text(ready(options.names), "".join(f"{as_line(key)}\n" for key in pool.keys(chosen)))
     buffer = io.BytesIO()
@@ -149,44 +146,34 @@ def run(options: argparse.Namespace, command: list[str]) -> int:
         print(json.dumps(found, indent=2))
         return EXIT_OK
     if head is not None:
-        print(f"{selection_table(found, found['score'])}\n")
+        print(f"{selection_table(found['scores'], found['score'])}\n")
     print(f"{options.policy} chose {options.count:,} of {len(pool):,} rows: {options.out}")
     print(f"The histograms are in {found['plot']}" if found["plot"] else "No head, and so no scores and no plot: --run")
     return EXIT_OK
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ConfigError for an option of another policy, naming it."""
+    """Raises ConfigError, naming the option, for one of another policy and for files that cannot be written as asked;
+    says where the plot goes."""
     from oodkern.config import ConfigError
 
     for name in OPTIONS:
         if getattr(options, name) is not None and name not in POLICIES[options.policy]:
             those = ", ".join(policy for policy, names in POLICIES.items() if name in names)
             raise ConfigError(f"{typed(name)}: counts with --policy {those}, got it with {options.policy}")
-
-
-def typed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def as_typed(error: ValueError) -> str:
-    """What a policy says of an argument, as it is called here."""
-    name, colon, rest = str(error).partition(":")
-    return f"{typed(name)}:{rest}" if colon and name in (*OPTIONS, "count") else str(error)
-
-
-def opened(path: str, options: argparse.Namespace, **how: Any) -> FeatureStore:
-    """A pool; tells what was left out of it."""
-    from oodkern.config import ConfigError
-    from oodkern.pools.store import FeatureStore
-
-    try:
-        pool = FeatureStore.open(path, skip_damaged=options.skip_damaged, verify=not options.no_verify, **how)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from None
-    for line in pool.skipped:
-        print(f"oodkern select: left out, {line}", file=sys.stderr)
-    return pool
+    if options.absent_class and options.score is not None:
+        raise ConfigError(f"--score: expected none beside --absent-class, which is a score, got {options.score}")
+    if Path(options.out).suffix != ".npy":
+        raise ConfigError(f"--out: expected a name that ends in .npy, got {options.out}")
+    options.plot = options.plot or str(Path(options.out).with_suffix(".svg"))
+    written: dict[Path, str] = {}
+    for name in ("out", "plot", "names"):
+        if (path := getattr(options, name)) is None:
+            continue
+        if Path(path).is_dir():
+            raise ConfigError(f"--{name}: expected a file, got the folder {path}")
+        if (other := written.setdefault(Path(path).resolve(), name)) != name:
+            raise ConfigError(f"--{name}: expected another file than that of --{other}, got {path}")
 
 
 def head_of(
@@ -223,59 +210,6 @@ def head_of(
     if head is not None:
         head = head[0].to(device), None if head[1] is None else head[1].to(device)
     return head, facts
-
-
-def policy_of(options: argparse.Namespace, pool: FeatureStore, facts: Mapping[str, Any]) -> Any:
-    """The policy with the options that were given. Raises ConfigError, naming the option."""
-    from oodkern.config import ConfigError
-    from oodkern.pools.policies import POLICIES as KINDS
-
-    given = {name: value for name in POLICIES[options.policy] if (value := getattr(options, name)) is not None}
-    if "score" in POLICIES[options.policy]:
-        given.setdefault("score", suited_score(facts))
-    if given.pop("one_way", False):
-        given["two_way"] = False
-    if options.policy == "margin" and options.threshold is None:
-        given["threshold"] = threshold_of(options, facts)
-    if options.policy == "poem":
-        if options.known is None:
-            raise ConfigError("--known: expected a pool of ID images, as `oodkern extract RUN id` makes it, for poem")
-        known = opened(options.known, options)
-        if known.fingerprint != pool.fingerprint:
-            print(
-                f"oodkern select: warning: the features of {options.known} and {options.pool} are of different models",
-                file=sys.stderr,
-            )
-        given["known"] = known
-    try:
-        return KINDS[options.policy](**given)
-    except ValueError as error:
-        raise ConfigError(as_typed(error)) from None
-
-
-def suited_score(facts: Mapping[str, Any]) -> str:
-    """What is lowest for what is most like in-distribution."""
-    return "-joint_energy" if facts.get("multi_label") else "energy"
-
-
-def threshold_of(options: argparse.Namespace, facts: Mapping[str, Any]) -> float:
-    """The run's own, where it is one of the score that margin goes by, at temperature 1."""
-    from oodkern.config import ConfigError
-
-    score, threshold = facts.get("score"), facts.get("threshold")
-    if facts.get("checkpoint") == "baseline":
-        raise ConfigError("--threshold: expected a number, since the run's is not that of its starting model")
-    own, asked = f"-{score}" if score != "energy" else score, options.score or suited_score(facts)
-    if asked != own or not isinstance(threshold, int | float):
-        raise ConfigError(f"--threshold: expected a number, since the run's score is {own}, and margin goes by {asked}")
-    if facts.get("temperature", 1.0) != 1.0:
-        raise ConfigError(f"--threshold: expected a number, since the run's is at temperature {facts['temperature']:g}")
-    return float(threshold)
-
-
-def plain_options(policy: Any) -> list[str]:
-    """Names of a policy's settings that are numbers and words."""
-    return [one.name for one in dataclasses.fields(policy) if isinstance(getattr(policy, one.name), int | float | str)]
 
 
 def as_line(key: str) -> str:

@@ -159,7 +159,10 @@ def test_errors():
         ({"clusters": 2.0}, "clusters: expected an integer, got float"),
         ({"two_way": 1}, "two_way: expected True or False, got int"),
         ({"absent_class": None}, "absent_class: expected True or False, got NoneType"),
-        ({"score": "e"}, "score: expected one of energy, joint_energy, max_logit, msp, got 'e'"),
+        (
+            {"score": "e"},
+            "score: expected one of energy, joint_energy, max_logit, msp, or minus one of them \\(-msp\\), got 'e'",
+        ),
     ):
         for kind in (GRegPlus, DOS):
             with pytest.raises((TypeError, ValueError), match=f"^{error}$"):

@@ -229,7 +229,9 @@ def test_a_pool_that_does_not_go_with_the_run(short, digits, pool, tmp_path):
     assert message in error(given, "outliers.count=9999")
     window = (given, "outliers.policy=energy-window", "outliers.low=0.5", "outliers.high=0.75")
     assert f"outliers.count: expected at most {most // 4 + 1} of {most} outliers" in error(*window, "outliers.count=90")
-    assert "outliers.count: expected at most 0 of" in error(given, "outliers.policy=ntom", "outliers.quantile=1")
+    assert "outliers.quantile: expected a part of the pool to choose from, got none of" in error(
+        given, "outliers.policy=ntom", "outliers.quantile=1"
+    )
     message = f"outliers.clusters: expected at most {most}, the outliers with features, got 999"
     assert message in error(given, "outliers.clusters=999")
     extract(starting(short(*FEW), digits), digits.train, tmp_path / "known")
@@ -278,14 +280,15 @@ def test_policies_have_the_options_that_are_theirs():
     for name, kind in POLICIES.items():
         policy = policy_of(replace(options, policy=name, score="-msp"))
         assert type(policy) is kind
-        for key in ("clusters", "two_way", "low", "high", "quantile", "largest", "threshold"):
+        for key in ("clusters", "low", "high", "quantile", "largest", "threshold"):
             assert getattr(policy, key, getattr(options, key)) == getattr(options, key), (name, key)
         assert getattr(policy, "score", "-msp") == "-msp"
 
 
 def test_the_score_that_suits_the_labels():
     options = OutlierPoolConfig(policy="ntom")
-    assert policy_of(OutlierPoolConfig(policy="dos")).two_way is False
+    assert [policy_of(OutlierPoolConfig(policy=one)).two_way for one in ("dos", "gregplus")] == [False, True]
+    assert policy_of(replace(OutlierPoolConfig(policy="gregplus"), two_way=False)).two_way is False
     assert (policy_of(options).score, policy_of(options, multi_label=True).score) == ("energy", "-joint_energy")
 
 

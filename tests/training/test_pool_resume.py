@@ -70,11 +70,17 @@ def test_features_that_are_gone_or_others(short, options, monkeypatch, digits, t
     with pytest.raises(ConfigError, match=r"outliers\.pool: .*pool"):
         train(config, log=silent, report=False, resume=True)
     extract(starting(short(*FEW, "seed=9"), digits), digits.outliers, pool)
-    with pytest.raises(ConfigError, match=r"outliers\.pool: the run in .*r has features .* of the model \w{12}, got "):
+    with pytest.raises(
+        ConfigError, match=r"outliers\.pool: the run in .*r has features .* of the model \w{12}, .*, got "
+    ):
         train(config, log=silent, report=False, resume=True)
     shutil.rmtree(pool)
     extract(starting(short(*FEW), digits), digits.outliers.select(torch.arange(50, 100)), pool)
     with pytest.raises(ConfigError, match=r"has features \[\d+, 8\] .* got \[50, 8\] of"):
+        train(config, log=silent, report=False, resume=True)
+    shutil.rmtree(pool)
+    extract(starting(short(*FEW), digits), digits.outliers, pool, dtype="bfloat16")  # of the same model and size
+    with pytest.raises(ConfigError, match=r"has features (\[306, 8\] of the model \w{12}), .* got \1, SHA-256"):
         train(config, log=silent, report=False, resume=True)
     shutil.rmtree(pool)
     kept.rename(pool)
