@@ -1,5 +1,6 @@
 """`oodkern extract`, as a person calls it: killed, gone on with, told to do it again."""
 
+import argparse
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from oodkern.cli import main
 from oodkern.config import load_config
 from oodkern.data import build_split
 from oodkern.detector import load, read_checkpoint
-from oodkern.pools.extraction import fingerprint
+from oodkern.pools.extraction import SHARD_ROWS, fingerprint
 from oodkern.pools.store import FeatureStore
 from oodkern.training import train
+from oodkern.verbs.extract import arguments
 
 RUN = ("epochs=1", "pretrain.epochs=1", "model.width=4", "method=ce", "name=r", "threads=1")
 
@@ -85,6 +87,9 @@ def test_a_folder_as_the_run_decodes_it(run, tmp_path, capsys):
     assert printed.out.endswith("1 unreadable images left out. Nothing was done.\n")
     assert printed.err == ""
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pool").iterdir()} == before
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "pool").glob("shard-*"))
     assert main([*asked, "--dtype", "float16"]) == 2
     printed = capsys.readouterr()
     assert "float16" in printed.err
@@ -205,6 +210,23 @@ def test_mistakes_are_2_and_one_line(arguments, message, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     assert printed.out == ""
     assert not (tmp_path / "pool").exists()
+
+
+def test_a_folder_with_other_files_is_not_written_to(run, capsys):
+    before = sorted((run / "r").iterdir())
+    assert main(["extract", "r", "id", "--out", "r"]) == 2
+    assert capsys.readouterr().err == (
+        "oodkern extract: r: expected a new or empty folder, or a pool, and it has other files\n"
+    )
+    assert sorted((run / "r").iterdir()) == before
+
+
+def test_the_default_is_the_library_s():
+    """Which is not asked for it, since that imports PyTorch."""
+    parser = argparse.ArgumentParser()
+    arguments(parser)
+    assert parser.parse_args(["r", "id", "--out", "p"]).shard_rows == SHARD_ROWS
+    assert f"(default {SHARD_ROWS:,})" in parser.format_help()
 
 
 def test_help_teaches(capsys):

@@ -73,13 +73,16 @@ class Loader:
 
 
 class Loaded:
-    """Block `number` of a file whose numbers are packed: as a tensor in memory while it is read."""
+    """Block `number` of a file whose numbers are packed: as a tensor in memory while it is read.
+
+    Slices are copies: a view that is still worked on would keep the whole block beside the next one.
+    """
 
     def __init__(self, loader: Loader, number: int, rows: int) -> None:
         self.loader, self.number, self.rows = loader, number, rows
 
     def slice(self, start: int, stop: int) -> Tensor:
-        return self.loader.block(self.number)[start:stop]
+        return self.loader.block(self.number)[start:stop].clone()
 
     def take(self, indices: Tensor) -> Tensor:
         return self.loader.block(self.number)[indices]

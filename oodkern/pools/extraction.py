@@ -65,7 +65,7 @@ class Extraction:
     """What `extract` does, in two steps: the plan, which says what is missing, and the work.
 
     `missing` are this process's shards that are not there yet; `rows` how many images they are, `whole` whether the
-    pool was complete when it was looked at.
+    pool was complete when it was looked at. The first process has the folder locked from the plan to the end of `run`.
     """
 
     def __init__(
@@ -115,17 +115,25 @@ class Extraction:
         }
 
         def planned() -> None:
-            StoreWriter(self.folder, **plan)
+            self.writer = StoreWriter(self.folder, **plan, exclusive=True)
 
-        processes.once(planned)  # of several processes one writes the plan, and the others find it
-        self.writer = StoreWriter(self.folder, **plan, first=processes.first)
-        # Whether a shard is there is known by its checksum: each process looks at some, for all.
-        own = range(processes.rank, self.writer.shards, processes.count)
-        lists = processes.objects([shard for shard in own if not self.writer.done(shard)])
+        processes.once(planned)  # of several processes one locks the folder and writes the plan, the others find it
+        if not processes.first:
+            self.writer = StoreWriter(self.folder, **plan, first=False)
+        try:
+            self._look()
+        except BaseException:
+            self.writer.close()
+            raise
+
+    def _look(self) -> None:
+        """What is missing. Whether a shard is there is known by its checksum: each process looks at some, for all."""
+        own = range(self.processes.rank, self.writer.shards, self.processes.count)
+        lists = self.processes.objects([shard for shard in own if not self.writer.done(shard)])
         lacking = sorted(shard for some in lists for shard in some)
-        self.whole = not lacking and self.writer.complete
-        self.missing = lacking[processes.rank :: processes.count]
-        self.rows = sum(min(shard_rows, len(images) - shard * shard_rows) for shard in self.missing)
+        self.whole = self.processes.once(lambda: not lacking and self.writer.complete)
+        self.missing = lacking[self.processes.rank :: self.processes.count]
+        self.rows = sum(map(self.writer.planned_rows, self.missing))
 
     def _digest(self) -> str:
         """Of the keys: a folder that has other files by now is another plan, and its shards would be of two sets."""
@@ -136,11 +144,14 @@ class Extraction:
 
     def run(self) -> FeatureStore:
         """Makes what is missing; on every process the pool. See `extract`."""
-        if not self.whole:
-            with Heartbeat(self.processes) as heartbeat:
-                self._work(heartbeat)
-            self._count_damage()
-            self.processes.once(self._finish)
+        try:
+            if not self.whole:
+                with Heartbeat(self.processes) as heartbeat:
+                    self._work(heartbeat)
+                self._count_damage()
+                self.processes.once(self._finish)
+        finally:
+            self.writer.close()
         return FeatureStore.open(self.folder, verify=False)
 
     @torch.no_grad()
@@ -239,7 +250,8 @@ def extract(
     cannot be read are left out and counted (see ImageSet): the keys of the rows tell which are there. A shard is
     written at once when its rows are known, so that a killed extraction leaves whole shards alone, and the same call
     makes those that are missing. Batches do not reach over the end of a shard: a shard's bytes depend neither on what
-    was there before nor on who makes it.
+    was there before nor on who makes it. They may depend on batch_size, the device and the number of threads, which
+    change how products are rounded: none of these is in the plan.
 
     Args:
         classifier: on its device; its head (weight, bias) goes into the pool, with the fingerprint of the rest.
@@ -251,14 +263,16 @@ def extract(
         batch_size, workers: images a forward pass, and processes that decode them (0: this one).
         progress: shows a bar, in images.
         processes: which share the missing shards, one after another; the first completes the pool when all are there.
-        facts: plain values that the pool keeps. They are part of the plan, as is a digest of the files' keys.
+        facts: plain values that the pool keeps. They are part of the plan, as is a digest of the files' keys; `run` and
+            `checkpoint`, where the model lay, are not.
 
     Returns:
         the pool, on every process.
 
     Raises ValueError or TypeError for an argument out of its range, before any work; PoolError for a folder with a
-    pool of another plan, and naming the image whose features are not finite, or beyond float16's range; DataError for
-    too many unreadable images; Elsewhere where another process failed.
+    pool of another plan, with other files, or that another process writes to, and naming the image whose features are
+    not finite, or beyond float16's range; DataError for too many unreadable images; Elsewhere where another process
+    failed.
     """
     given: Any = {"source": source, "dtype": dtype, "shard_rows": shard_rows, "batch_size": batch_size}
     given |= {"workers": workers, "progress": progress, "processes": processes, "facts": facts}

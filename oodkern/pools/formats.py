@@ -48,9 +48,11 @@ def npy_header(path: Path) -> Header:
     try:
         with open(regular(path), "rb") as file:
             version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"version {version} of the format")
-            read: Any = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+            if version not in ((1, 0), (2, 0), (3, 0)):
+                number = ".".join(map(str, version))
+                raise PoolError(f"{path}: not a readable .npy file (version {number} of the format)")
+            # 3.0 is 2.0 with UTF-8 instead of Latin-1, and a header of plain numbers is ASCII.
+            read: Any = getattr(np.lib.format, f"read_array_header_{min(version[0], 2)}_0")
             shape, fortran, dtype = read(file)
             offset, size = file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:

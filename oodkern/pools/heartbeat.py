@@ -10,7 +10,7 @@ from typing import Any
 from oodkern.processes import PATIENCE, Elsewhere, Processes
 
 POLL = 0.1  # seconds
-JOBS = itertools.count()  # the same numbers on all processes, which do the same in the same order
+JOBS = itertools.count()  # of several processes: the same numbers on all, which do these in the same order
 
 
 class Heartbeat:
@@ -23,11 +23,12 @@ class Heartbeat:
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.processes, self.job = processes, next(JOBS)
+        self.processes, self.job = processes, -1
         self.store: Any = None
-        if processes.count > 1:
+        if processes.count > 1:  # what one does alone the others know nothing of
             import torch.distributed as dist
 
+            self.job = next(JOBS)
             self.store = dist.distributed_c10d._get_default_store()
 
     def beat(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from oodkern.ops._checks import score_dtype
+from oodkern.pools.folders import temporary_path
 from oodkern.processes import Processes
 
 
@@ -49,19 +51,26 @@ class ScoreFiles:
         if folder is not None:
             processes.once(partial(folder.mkdir, parents=True, exist_ok=True))
         self.files: dict[str, Any] = {}
+        self.paths: dict[str, tuple[Path, Path]] = {}  # temporary and own name of each file that has one
         self.offset = 0
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (rows,)}
-        for name in names:
-            self.files[name] = file = self._temporary(name)
-            np.lib.format.write_array_header_1_0(file, header)
-            self.offset = file.tell()
+        try:
+            for name in names:
+                self.files[name] = file = self._temporary(name)
+                np.lib.format.write_array_header_1_0(file, header)
+                self.offset = file.tell()
+        except BaseException:
+            self._remove()
+            raise
 
     def _temporary(self, name: str) -> Any:
-        return tempfile.TemporaryFile() if self.folder is None else open(self._path(name, temporary=True), "wb+")
-
-    def _path(self, name: str, temporary: bool = False) -> Path:
-        assert self.folder is not None
-        return self.folder / (f".{name}.npy.tmp" if temporary else f"{name}.npy")
+        """A file of its own also where others write to the same folder."""
+        if self.folder is None:
+            return tempfile.TemporaryFile()
+        own = self.folder / f"{name}.npy"
+        temporary = temporary_path(own)
+        self.paths[name] = temporary, own
+        return open(temporary, "xb+")
 
     def write(self, name: str, row: int, values: np.ndarray) -> None:
         """Not by a map: where the disk is full that ends the process, and this raises."""
@@ -79,20 +88,24 @@ class ScoreFiles:
             file.flush()
             if self.folder is not None:
                 os.fsync(file.fileno())
-        if self.folder is not None:
-            for name in self.files:
-                os.replace(self._path(name, temporary=True), self._path(name))
-        found = {}
+        # Mapped before they are renamed: by its own name one may be another's that came later.
+        found: dict[str, Any] = {}
         for name, file in self.files.items():
-            source: Any = file if self.folder is None else self._path(name)
-            found[name] = np.memmap(source, self.dtype, "c", self.offset, (self.rows,))
+            found[name] = np.memmap(file, self.dtype, "c", self.offset, (self.rows,))
+        for name, (temporary, own) in self.paths.items():
+            os.replace(temporary, own)
+            found[name].filename = own.resolve()
         return PoolScores(found)
 
     def __enter__(self) -> ScoreFiles:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for name, file in self.files.items():
+        self._remove()
+
+    def _remove(self) -> None:
+        for file in self.files.values():
             file.close()
-            if self.folder is not None:
-                self._path(name, temporary=True).unlink(missing_ok=True)
+        for temporary, _ in self.paths.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()

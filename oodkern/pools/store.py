@@ -105,7 +105,10 @@ class FeatureStore:
             .parquet, .arrow, .feather     the column `name`, by default the only one that holds lists of floats, all of
                              one length and none of them null; needs pyarrow (`pip install 'oodkern[pool]'`)
 
-        Files that are not packed are mapped; of packed ones a row group or a record batch is in memory at a time.
+        Files that are not packed are mapped; of packed ones one row group or record batch is in memory, beside what
+        unpacking takes: Arrow held 2.7 times a Parquet row group of 195 MiB (float32) at most, and what it frees it
+        keeps for itself (the process grew by up to 5.5 times; ARROW_DEFAULT_MEMORY_POOL=system: 3.5). So write small
+        groups.
 
         Args:
             dtype: what the file has to hold, where it is given.

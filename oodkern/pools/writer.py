@@ -7,17 +7,17 @@ import hashlib
 import io
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oodkern.pools.blocks import name_of
+from oodkern.pools.folders import FolderLock, check_folder, make_folder, replacing
 from oodkern.pools.formats import npy_header, safetensors_bytes
 from oodkern.pools.manifest import (
     DTYPES,
@@ -39,6 +39,7 @@ from oodkern.pools.manifest import (
 
 HEAD = "head.safetensors"
 PIECE = 4 << 20  # bytes that are hashed and written at once
+MODEL_PLACE = ("run", "checkpoint")  # facts: which model it is say the fingerprint and the head
 NUMPY = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}  # NumPy has no bfloat16
 
 
@@ -47,10 +48,12 @@ class StoreWriter:
 
     Shard s has features of the planned rows [s shard_rows, (s + 1) shard_rows). Each file is written under another name
     and renamed, and shard-00000.json, which has the checksums, after its shard: what a killed process leaves is a whole
-    shard, or none. Several processes may write, each its own shards.
+    shard, or none. Several processes may write, each its own shards. A complete pool is not when a shard is written
+    anew, until `finish`: its manifest has the old checksum.
 
     Args:
-        folder: made where it is not there. One with a pool of the same plan is gone on with.
+        folder: made where it is not there. One with a pool of the same plan is gone on with, and its plan kept: facts
+            `run` and `checkpoint`, where the model lay, may have become others.
         rows, dimension: of all features, N and D.
         dtype: float16, bfloat16 or float32.
         shard_rows: of every shard but the last.
@@ -58,8 +61,9 @@ class StoreWriter:
         head: (weight [K, D], bias [K] or None) that belongs to the features, or None.
         keys: whether there is a key of each row.
         first: whether this process writes the plan. Another one waits for none: it has to be there.
+        exclusive: locks the folder until `close`: an error where another process has.
 
-    Raises ValueError for arguments that are none, PoolError for a folder with a pool of another plan.
+    Raises ValueError for arguments that are none, PoolError for a folder with a pool of another plan, or other files.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class StoreWriter:
         head: tuple[Tensor, Tensor | None] | None = None,
         keys: bool = False,
         first: bool = True,
+        exclusive: bool = False,
     ) -> None:
         for name, value in (("rows", rows), ("dimension", dimension), ("shard_rows", shard_rows)):
             if value < 1:
@@ -101,16 +106,29 @@ class StoreWriter:
             head=None if content is None else HeadEntry(HEAD, hashlib.sha256(content).hexdigest()),
             shards=(),
         )
-        self.digest = hashlib.sha256(self.plan.text().encode()).hexdigest()
-        if (self.folder / MANIFEST).exists():
-            self._check_plan()
+        self.lock: FolderLock | None = None
+        if not first and not (self.folder / MANIFEST).exists():
+            raise PoolError(f"{self.folder}: expected the plan that the first process writes, and there is none")
+        if first:
+            check_folder(self.folder)
+            make_folder(self.folder)
+        if exclusive:
+            self.lock = FolderLock(self.folder)
+        try:
+            if not (self.folder / MANIFEST).exists():
+                self._write(MANIFEST, self.plan.text().encode())
+            self._adopt_plan()  # also of a manifest just written: another one may have come first
+            # After the manifest: a folder with a head alone would be one of other files.
             if first and content is not None and not self._head_is_there():
                 self._write(HEAD, content)
-            return
-        if not first:
-            raise PoolError(f"{self.folder}: expected the plan that the first process writes, and there is none")
-        self._begin(content)
-        self._check_plan()  # another one may have come first
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets others write, where the folder is locked."""
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def shards(self) -> int:
@@ -118,17 +136,12 @@ class StoreWriter:
 
     @property
     def complete(self) -> bool:
-        """Whether the manifest says that the pool is."""
-        return read_manifest(self.folder).complete
-
-    def _begin(self, head: bytes | None) -> None:
+        """Whether the manifest says that the pool is, and its shards are those that are there."""
+        manifest = read_manifest(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PoolError(f"{self.folder}: {error.strerror}") from None
-        if head is not None:
-            self._write(HEAD, head)
-        self._write(MANIFEST, self.plan.text().encode())
+            return manifest.complete and all(self._entry(shard) == one for shard, one in enumerate(manifest.shards))
+        except PoolError:
+            return False
 
     def _head_is_there(self) -> bool:
         try:
@@ -136,13 +149,16 @@ class StoreWriter:
         except PoolError:
             return False
 
-    def _check_plan(self) -> None:
-        """Raises PoolError where the manifest that is there is of another plan, saying what differs."""
-        there = asdict(planned(read_manifest(self.folder)))
+    def _adopt_plan(self) -> None:
+        """Takes the plan of the manifest that is there. Raises PoolError where it is another, saying what differs."""
+        manifest = read_manifest(self.folder)
+        plan = planned(manifest)
+        there = asdict(plan)
         for name, value in asdict(self.plan).items():
             found = there[name]
             if name == "facts":
-                pairs = [(f"facts.{key}", found.get(key), value.get(key)) for key in {**found, **value}]
+                names = [key for key in {**found, **value} if key not in MODEL_PLACE]
+                pairs = [(f"facts.{key}", found.get(key), value.get(key)) for key in names]
             else:
                 pairs = [(name, found, value)]
             for what, old, new in pairs:
@@ -150,6 +166,8 @@ class StoreWriter:
                     raise PoolError(
                         f"{self.folder}: holds a pool of another plan: {what}: {shown(old)}, not {shown(new)}"
                     )
+        self.plan, self.closed = plan, manifest.complete
+        self.digest = hashlib.sha256(plan.text().encode()).hexdigest()
 
     def done(self, shard: int) -> bool:
         """Whether a shard is there: its files, and the one beside them that has its checksums, and they agree."""
@@ -191,6 +209,9 @@ class StoreWriter:
         if (keys is not None) != self.plan.has_keys or (keys is not None and len(keys) != len(features)):
             expected = f"{len(features)}" if self.plan.has_keys else "none"
             raise ValueError(f"keys: expected {expected}, got {'none' if keys is None else len(keys)}")
+        if self.closed:
+            self._write(MANIFEST, self.plan.text().encode())
+            self.closed = False
         # What is beside it goes first: a process that is killed here leaves a shard that counts as missing.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.folder / sidecar_file(shard))
@@ -224,6 +245,7 @@ class StoreWriter:
             raise PoolError(f"{self.folder}: expected rows in one shard at least, and all {self.shards:,} are empty")
         whole = replace(self.plan, complete=True, shape=(rows, self.plan.shape[1]), shards=tuple(entries))
         self._write(MANIFEST, whole.text().encode())
+        self.closed = True
         for pattern in (".shard-*.tmp", ".manifest.json.*.tmp", f".{HEAD}.*.tmp"):
             for path in self.folder.glob(pattern):
                 with contextlib.suppress(OSError):
@@ -242,22 +264,6 @@ class StoreWriter:
         except OSError as error:
             raise PoolError(f"{self.folder / name}: {error.strerror}") from None
         return found.hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the path's name when it is on disk; another one for each process that writes it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def planned(manifest: Manifest) -> Manifest:

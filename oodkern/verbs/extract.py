@@ -195,7 +195,8 @@ def facts_of(options: argparse.Namespace, detector: Detector) -> dict[str, Any]:
 
 
 def summary(pool: FeatureStore, work: Extraction, rows: int, seconds: float) -> dict[str, Any]:
-    files = [path for shard in pool.shards for path in pool.path.glob(f"{Path(shard.path).stem}*")]
+    suffixes = (".npy", ".json", *([".keys.jsonl"] if pool.has_keys else []))
+    files = [shard.path.with_suffix(suffix) for shard in pool.shards for suffix in suffixes]
     return {
         "pool": str(pool.path),
         "source": pool.source,

@@ -7,17 +7,13 @@ import numpy as np
 import processes
 import pytest
 import torch
-from PIL import Image
-from torch import nn
+from extractions import BATCH, SHARD, contents, folder_of, network, small
 
-from oodkern.classifier import Classifier
 from oodkern.data import ArraySet, DataError, FolderSet, SampleSet
 from oodkern.data.shards import Shards, ShardSet
-from oodkern.pools.extraction import Extraction, extract, fingerprint, image_keys
+from oodkern.pools.extraction import Extraction, fingerprint, image_keys
 from oodkern.pools.store import FeatureStore, PoolError
 from oodkern.processes import ALONE, Elsewhere, Processes
-
-SHARD, BATCH = 10, 4
 
 
 @pytest.fixture(autouse=True)
@@ -29,39 +25,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def network(scale=1.0):
-    torch.manual_seed(1)
-    layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 5))
-    made = Classifier(nn.Sequential(*layers), head="5", mean=[0.4] * 3, std=[0.3] * 3)
-    with torch.no_grad():
-        for _ in range(5):
-            made(torch.rand(16, 3, 8, 8))
-        made.model[1].weight *= scale
-    return made
-
-
-def folder_of(folder, count, damaged=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    draws = np.random.default_rng(0)
-    paths = [folder / f"{i:03d}.png" for i in range(count)]
-    for i, path in enumerate(paths):
-        Image.fromarray(draws.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
-        if i in damaged:
-            path.write_bytes(b"\x89PNG no image")
-    return FolderSet(paths, torch.full((count,), -1), size=8)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return folder_of(tmp_path_factory.mktemp("images") / "all", 37)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def small(classifier, images, folder, **options):
-    return extract(classifier, images, folder, **{"shard_rows": SHARD, "batch_size": BATCH, **options})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -226,6 +192,8 @@ def test_another_plan_is_an_error(images, tmp_path):
         with pytest.raises(PoolError, match=word):
             small(made, given, tmp_path, **options)
     assert contents(tmp_path) == before
+    small(network(), images, tmp_path, facts={"run": "moved", "checkpoint": "best"})
+    assert contents(tmp_path) == before, "where the model lay is not in the plan"
 
 
 @pytest.mark.parametrize(

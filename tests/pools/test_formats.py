@@ -197,3 +197,16 @@ def test_a_file_larger_than_the_kernel_maps_copy_on_write(tmp_path, monkeypatch)
         warnings.simplefilter("error")
         store = FeatureStore.open(tmp_path / "a.npy")
     holds(store, features)
+
+
+def test_npy_of_each_version(tmp_path):
+    """3.0 has names of fields in UTF-8, which plain numbers have none of."""
+    features = features_of(torch.float32)
+    for version in ((1, 0), (2, 0), (3, 0)):
+        with open(tmp_path / "a.npy", "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            np.lib.format.write_array(file, features.numpy(), version=version)
+        holds(FeatureStore.open(tmp_path / "a.npy"), features)
+    content = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(content[:6] + b"\4" + content[7:])
+    assert message_of(tmp_path / "a.npy") == "not a readable .npy file (version 4.0 of the format)"

@@ -15,8 +15,10 @@ from torch import nn
 import oodkern
 from oodkern import reference
 from oodkern.pools import scoring
+from oodkern.pools.score_files import ScoreFiles
 from oodkern.pools.scoring import PoolScores, score_pool
 from oodkern.pools.store import FeatureStore, StoreWriter
+from oodkern.processes import ALONE
 
 NAMES = ("energy", "joint_energy", "max_logit", "msp")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -258,3 +260,26 @@ def test_anonymous_memory_does_not_grow_with_rows(names, tmp_path):
     assert np.isfinite(scores["energy"][::1000]).all()
     assert len(seen) > 90
     assert max(seen) - before < 5e6
+
+
+def test_two_at_once_in_one_folder_keep_their_scores_apart(tmp_path):
+    """Each has its own, and the folder those of one of them."""
+    features, names = torch.randn(50, 4), ("energy", "msp")
+    with (
+        ScoreFiles(names, 50, torch.float32, tmp_path, ALONE) as one,
+        ScoreFiles(names, 50, torch.float32, tmp_path, ALONE) as other,
+    ):
+        for start in (0, 25):
+            for value, files in enumerate((one, other)):
+                for name in names:
+                    files.write(name, start, np.full(25, value))
+        found = one.finish(), other.finish()
+    for value, scores in enumerate(found):
+        assert all(
+            (scores[name] == value).all() and scores[name].filename == tmp_path / f"{name}.npy" for name in names
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["energy.npy", "msp.npy"]
+    assert (np.load(tmp_path / "energy.npy") == 1).all()
+    with pytest.raises(OSError, match=r"File [Nn]ame too long"):
+        ScoreFiles(("energy", "x" * 300), len(features), torch.float32, tmp_path, ALONE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["energy.npy", "msp.npy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import processes
 import pytest
 import torch
 
-from oodkern.pools import scoring
+from oodkern.pools import heartbeat, scoring
 from oodkern.pools.scoring import score_pool
 from oodkern.pools.store import FeatureStore
 from oodkern.processes import Elsewhere, Processes
@@ -49,6 +50,20 @@ def scored(folder):
     with pytest.raises(NotADirectoryError if of.first else Elsewhere):
         score_pool(store, head, out=Path(folder) / "file" / "out", processes=of)
     return alone["energy"].tobytes()
+
+
+def one_alone_first(patience):
+    """The first scores something by itself, say for a log, before all score together."""
+    heartbeat.PATIENCE = timedelta(seconds=patience)
+    of = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    store, head = torch.randn(100, 8), (torch.randn(3, 8), None)
+    if of.first:
+        score_pool(store, head)
+    return len(score_pool(store, head, processes=of)["energy"])
+
+
+def test_who_scores_alone_is_not_counted():
+    assert processes.run(one_alone_first, 2, 6.0) == [100, 100]
 
 
 def test_two_processes_have_the_scores_of_one(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from stores import ROWS, SIZE, contents, features_of, fill, pool_of, same, writer_of
 
 from oodkern.pools import FeatureStore, PoolError
-from oodkern.pools.writer import replacing
+from oodkern.pools.folders import replacing
 
 
 def test_a_shard_may_lack_rows(tmp_path):
@@ -84,9 +84,52 @@ def test_another_plan_is_told(tmp_path):
         with pytest.raises(PoolError, match=rf"holds a pool of another plan: {said.get(name, f'{name}: ')}"):
             writer_of(tmp_path, **given)
     assert contents(tmp_path) == before
-    # Shards of a plan whose manifest is gone are not those of another.
-    (tmp_path / "manifest.json").unlink()
-    assert not any(map(writer_of(tmp_path, **{**about, "fingerprint": "cd"}).done, range(4)))
+    # Shards beside the manifest of another plan are not its own.
+    other = {**about, "fingerprint": "cd"}
+    writer_of(tmp_path / "other", **other)
+    (tmp_path / "other" / "manifest.json").replace(tmp_path / "manifest.json")
+    assert not any(map(writer_of(tmp_path, **other).done, range(4)))
+
+
+def test_where_the_model_lay_is_no_part_of_the_plan(tmp_path):
+    features = features_of()
+    fill(writer_of(tmp_path, facts={"run": "/a", "checkpoint": "last", "b": 1}), features, [0, 1])
+    writer = writer_of(tmp_path, facts={"b": 1, "run": "/elsewhere", "checkpoint": "best"})
+    assert [writer.done(shard) for shard in range(4)] == [True, True, False, False]
+    fill(writer, features, [2, 3])
+    writer.finish()
+    assert FeatureStore.open(tmp_path).facts == {"run": "/a", "checkpoint": "last", "b": 1}
+    with pytest.raises(PoolError, match=r"another plan: facts.b: 1, not 2$"):
+        writer_of(tmp_path, facts={"run": "/a", "b": 2})
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    message = f"^{tmp_path}: expected a new or empty folder, or a pool, and it has other files$"
+    (tmp_path / "last.ckpt").touch()
+    for exclusive in (False, True):
+        with pytest.raises(PoolError, match=message):
+            writer_of(tmp_path, exclusive=exclusive)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    (tmp_path / "last.ckpt").rename(tmp_path / ".hidden")
+    writer_of(tmp_path)
+    assert (tmp_path / "manifest.json").exists()
+
+
+def test_a_shard_that_is_written_anew_opens_the_pool_again(tmp_path):
+    """A manifest with its old checksum would be that of a damaged one."""
+    features = features_of()
+    pool_of(tmp_path)
+    writer = writer_of(tmp_path)
+    assert writer.complete
+    writer.write(2, features[20:29], ["k"] * 9)
+    assert not writer.complete
+    with pytest.raises(PoolError, match="the pool is not complete: 4 of 4 shards are there"):
+        FeatureStore.open(tmp_path)
+    writer.finish()
+    assert writer.complete
+    assert len(FeatureStore.open(tmp_path)) == 36
+    writer.write(2, features[20:30], ["k"] * 10)
+    assert not writer.complete
 
 
 def test_a_lost_head_is_written_again(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oodkern.pools import streaming
+from oodkern.pools.blocks import Loaded, Loader
+from oodkern.pools.opening import Opened, Part
 from oodkern.pools.store import FeatureStore
 from oodkern.pools.streaming import Staging, staged_chunks
 
@@ -210,3 +214,22 @@ def test_asking_for_pages_changes_nothing(tmp_path):
     if streaming.MADVISE is not None:
         page = mapped.data_ptr() - mapped.data_ptr() % streaming.mmap.PAGESIZE
         assert streaming.MADVISE(page, 4096, streaming.mmap.MADV_WILLNEED) == 0
+
+
+def test_what_is_unpacked_goes_before_the_next_is():
+    """Chunks are copies: none keeps the row group alive that it is of."""
+    alive, most = [], []
+
+    def read(number):
+        alive[:] = [one for one in alive if one() is not None]
+        most.append(len(alive))
+        made = torch.full((10, 2), float(number))
+        alive.append(weakref.ref(made.untyped_storage()))
+        return made
+
+    loader = Loader(read)
+    parts = tuple(Part("f", Path("f"), number * 10, Loaded(loader, number, 10)) for number in range(4))
+    store = FeatureStore(Opened(Path("f"), 2, torch.float32, parts))
+    seen = torch.cat([chunk.clone() for _, chunk in staged_chunks(store, 4, CPU)])
+    assert torch.equal(seen[:, 0], torch.arange(4.0).repeat_interleave(10))
+    assert most == [0] * 4
