@@ -110,7 +110,7 @@ def open_parquet(path: Path, name: str | None) -> Columns:
     def read(group: int) -> Tensor:
         where = f"{path}: row group {group}: {column}"
         try:
-            found = file.read_row_group(group, columns=[column]).column(0)
+            found = file.read_row_group(group, columns=[column], use_threads=False).column(0)
         except Exception as error:
             raise PoolError(f"{where}: cannot be read ({brief(error)})") from None
         if len(found) != rows[group]:
