@@ -104,8 +104,8 @@ def reductions(loss):
 
 
 def compiler(loss):
-    """Inductor takes many seconds to make sorts; it makes EDGE's once, in test_edge."""
-    return "aot_eager" if isinstance(loss, EDGELoss) and loss.beta else "inductor"
+    """Inductor takes many seconds a loss: here it makes one kind, and EDGE's sorts in test_edge."""
+    return "inductor" if isinstance(loss, EnergyLoss) else "aot_eager"
 
 
 def costly(loss):

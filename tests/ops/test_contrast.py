@@ -128,6 +128,7 @@ class TestLabelled(ContrastBar):
 
 class TestSymmetricLabelled(ContrastBar):
     op = op(symmetric=True, labelled=True, normalize=False, temperature=2.0)
+    test_workspace_is_bounded = None  # labels add to neither direction: TestSymmetric and TestLabelled
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
