@@ -107,8 +107,8 @@ class FeatureStore:
 
         Files that are not packed are mapped; of packed ones one row group or record batch is in memory, beside what
         unpacking takes: Arrow held 2.7 times a Parquet row group of 195 MiB (float32) at most, and what it frees it
-        keeps for itself (the process grew by up to 6 times; ARROW_DEFAULT_MEMORY_POOL=system: 3.5). So write small
-        groups.
+        keeps for itself (the process grew by up to 6 times; ARROW_DEFAULT_MEMORY_POOL=system: under 4). So write
+        small groups.
 
         Args:
             dtype: what the file has to hold, where it is given.
