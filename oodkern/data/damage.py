@@ -32,7 +32,8 @@ class Damage:
     @property
     def found(self) -> list[int]:
         """Numbers of the files that could not be read, in order."""
-        return self.flags.nonzero().flatten().tolist()
+        # Of a copy: nonzero() reads twice, first to count, and fails where another process sets a flag in between.
+        return self.flags.clone().nonzero().flatten().tolist()
 
     def note(self, *numbers: int) -> None:
         """Counts files, each once. Raises DataError with their number and the first names past the limit.

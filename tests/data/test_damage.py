@@ -1,6 +1,7 @@
 """Image files that cannot be read: what training reads instead, what is counted, and when it is too much."""
 
 import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,22 @@ def test_what_a_batch_that_nobody_took_found_out_is_not_forgotten():
     with pytest.raises(DataError, match="2 of 40 image files cannot be read"):
         damage.note(9)
     damage.note()
+
+
+def test_found_while_others_find():
+    """A flag that is set while the set ones are looked for: PyTorch counts them first, and fails where one comes."""
+    damage = Damage(2_000_000, str, id)
+    stop = threading.Event()
+
+    def others():
+        while not stop.is_set():
+            damage.flags.random_(2)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert all(0 <= number < 2_000_000 for number in damage.found[:3])
+    finally:
+        stop.set()
+        thread.join()
