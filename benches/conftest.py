@@ -1,67 +1,149 @@
-import json
 import sys
-from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "benches")]
 
-from measure import Row, machine  # noqa: E402
+from runner import EXPONENT_SLACK, check_error, replay, smoke  # noqa: E402
 
-ROWS: list[Row] = []
+from oodkern.benchmarks.case import COMPILED, OURS  # noqa: E402
+from oodkern.benchmarks.growth import measure_growth  # noqa: E402
+from oodkern.benchmarks.machine import ceilings, machine, machine_name  # noqa: E402
+from oodkern.benchmarks.measure import as_row, measure  # noqa: E402
+from oodkern.benchmarks.table import outcome_lines  # noqa: E402
+
+OUTCOMES = {}
+GROWTHS = {}
+MOST_SECONDS = 30.0
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rounds", type=int, default=15, help="timed turns of each contender (the median counts)")
-    parser.addoption("--save", metavar="NAME", help="write benches/results/NAME.json")
+    group = parser.getgroup("oodkern")
+    group.addoption("--seconds", type=float, default=2.0, help="that the turns of a case take together (default 2)")
+    group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
+    group.addoption("--save", action="store_true", help="keep the run in benches/results/MACHINE/DATE-COMMIT.json")
+    group.addoption("--smoke", action="store_true", help="tiny sizes, one turn, no torch.compile, no memory: do all run?")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if config.getoption("--save") and not config.option.benchmark_json:
+        found = machine(torch.device(config.getoption("--bench-device")))
+        folder = ROOT / "benches" / "results" / machine_name(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.saved = folder / f"{date.today().isoformat()}-{found['commit']}.json"
+        config.option.benchmark_json = str(config.saved.with_suffix(".part"))
+
+
+def pytest_unconfigure(config):
+    if saved := getattr(config, "saved", None):
+        part = saved.with_suffix(".part")
+        if part.exists() and part.stat().st_size:
+            part.replace(saved)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.clear()
+    machine_info.update(machine(torch.device(config.getoption("--bench-device"))))
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    """The project and the branch are nobody's business, and the commit is the machine's."""
+    for key in set(commit_info) - {"id", "time", "dirty"}:
+        del commit_info[key]
 
 
 @pytest.fixture(scope="session")
-def rounds(request) -> int:
-    return request.config.getoption("--rounds")
+def device(request):
+    return torch.device(request.config.getoption("--bench-device"))
 
 
-@pytest.fixture
-def record(benchmark):
-    """Keeps a row for the table and puts its numbers into pytest-benchmark's report."""
+@pytest.fixture(scope="session")
+def contest(request, device):
+    """Hands the row of a contender to pytest-benchmark; measures the case where it was not yet."""
+    tiny, seconds = request.config.getoption("--smoke"), request.config.getoption("--seconds")
 
-    def keep(row: Row) -> None:
-        ROWS.append(row)
-        benchmark.extra_info.update(asdict(row), ratio=row.ratio)
+    def hand(benchmark, case, name):
+        if case.name not in OUTCOMES:
+            if tiny:
+                OUTCOMES[case.name] = measure(without_compiled(smoke(case)), device, 0, fewest=1, memory=False)
+            else:
+                OUTCOMES[case.name] = measure(case, device, seconds)
+        outcome = OUTCOMES[case.name]
+        if name in outcome.absent:
+            pytest.skip(f"{name}: {outcome.absent[name]}")
+        if tiny and case.contenders[name].compiled:
+            pytest.skip(f"{name}: --smoke")
+        benchmark.group = case.name
+        benchmark.extra_info.update(as_row(outcome, name, None if tiny else ceilings(device)))
+        replay(benchmark, outcome.found[name].times)
+        if name == OURS:
+            check_error({name: found.error for name, found in outcome.found.items()}, case.base, case.slack)
 
-    return keep
+    return hand
+
+
+def without_compiled(case):
+    """In a smoke test nothing is compiled."""
+    kept = {name: one for name, one in case.contenders.items() if not one.compiled}
+    object.__setattr__(case, "contenders", kept)
+    return case
+
+
+@pytest.fixture(scope="session")
+def growth(request, device):
+    """Hands the row of a contender of a sweep to pytest-benchmark."""
+    tiny = request.config.getoption("--smoke")
+
+    def hand(benchmark, sweep, name):
+        if tiny:
+            pytest.skip("--smoke: cases are what runs")
+        if sweep.name not in GROWTHS:
+            GROWTHS[sweep.name] = measure_growth(sweep, device)
+        found = GROWTHS[sweep.name][name]
+        benchmark.group = f"growth, {sweep.name}"
+        fixed = {key: size for key, size in sweep.case.sizes.items() if key != sweep.axis}
+        benchmark.extra_info.update(
+            room=sweep.case.room,
+            case=sweep.case.title,
+            dtype=sweep.case.dtype,
+            contender=name,
+            growth={
+                "axis": sweep.axis,
+                "fixed": fixed,
+                "values": list(found.values),
+                "median_seconds": [times.median for times in found.times],
+                "quartile_seconds": [list(times.quartiles) for times in found.times],
+                "peak_bytes": found.peaks and [peak.bytes for peak in found.peaks],
+                "beyond_bytes": found.peaks and [peak.beyond for peak in found.peaks],
+                "least_seconds": [ceilings(device).seconds(c.flops, c.bytes, c.dtype) for c in sweep.cases],
+                "time_exponent": found.time_exponent,
+                "memory_exponent": found.memory_exponent,
+                "promised": {"time": sweep.time, "memory": sweep.memory},
+            },
+        )
+        replay(benchmark, found.times[-1])
+        if name == OURS:
+            assert found.time_exponent <= sweep.time + EXPONENT_SLACK["time"]
+            assert found.memory_exponent is None or found.memory_exponent <= sweep.memory + EXPONENT_SLACK["memory"]
+
+    return hand
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not ROWS:
-        return
-    write = terminalreporter.write_line
-    write("")
-    write("side by side: medians in ms; the most held at once in MB, and without results; error against float64 of the")
-    write("same inputs")
-    write(", ".join(f"{key} {value}" for key, value in machine().items()))
-    for row in ROWS:
-        shape = "x".join(f"{size:,}" for size in row.shape)
-        goal = f", aimed for {row.target:g}" if row.target else ""
-        faster = "" if row.ratio is None else f": {row.ratio:.2f} times faster than {row.base}{goal}"
-        write(f"\n{row.room}: {row.case} {shape} {row.dtype}{faster}")
-        for name, median in row.milliseconds.items():
-            line = f"  {name:<14} {median:9.2f} ms {row.megabytes[name]:9.1f} MB"
-            if row.beyond:
-                line += f", {row.beyond[name]:9.1f} without results"
-            if name in row.error:
-                line += f"   error {row.error[name]:.1e}"
-            if row.ratio is None:
-                time, memory = (of[name] / of[row.base] for of in (row.milliseconds, row.megabytes))
-                line += f"   {time:5.2f} times the time and {memory:5.2f} times the memory of {row.base}"
-            write(line)
-        for name, why in row.skipped.items():
-            write(f"  {name:<14} skipped: {why}")
-    if name := config.getoption("--save"):
-        path = ROOT / "benches" / "results" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        rows = [asdict(row) | {"ratio": row.ratio} for row in ROWS]
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-        write(f"\nwritten to {path.relative_to(ROOT)}")
+    for outcome in OUTCOMES.values():
+        for line in outcome_lines(outcome):
+            terminalreporter.write_line(line)
+    for name, found in GROWTHS.items():
+        terminalreporter.write_line(f"\n{name}")
+        for contender, one in found.items():
+            memory = "" if one.memory_exponent is None else f", memory beyond results ^{one.memory_exponent:.2f}"
+            terminalreporter.write_line(f"  {contender:<14} time ^{one.time_exponent:.2f}{memory}")
+    if saved := getattr(config, "saved", None):
+        terminalreporter.write_line(f"\nkept in {saved.relative_to(ROOT)}")

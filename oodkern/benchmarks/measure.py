@@ -1,0 +1,140 @@
+"""Measures a case: the times of all contenders in turns, the memory and the error of each beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from oodkern.benchmarks.case import OURS, Case, run_passes
+from oodkern.benchmarks.machine import Ceilings
+from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of
+from oodkern.benchmarks.timing import Times, interleaved
+
+ORACLE_ROWS = 4_096  # float64 temporaries of so many at a time
+
+
+@dataclass
+class Found:
+    """What was measured of one contender. The error is the largest one in units of the oracle's largest magnitude."""
+
+    times: Times
+    peak: Peak | None
+    error: float | None
+
+
+@dataclass
+class Outcome:
+    """What was measured of a case; `absent` are the third parties that cannot run here, and why."""
+
+    case: Case
+    found: dict[str, Found]
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, name: str = OURS, base: str | None = None) -> float:
+        """How many times faster than the base a contender is."""
+        return self.found[base or self.case.base].times.median / self.found[name].times.median
+
+
+def measure(case: Case, device: torch.device, seconds: float = 3.0, *, fewest: int = 5, memory: bool = True) -> Outcome:
+    """All contenders that can run on the device; only third parties may be missing.
+
+    `seconds` is what the turns of all contenders take together, as far as the fewest turns allow.
+    """
+    absent = {name: why for name, one in case.contenders.items() if (why := one.missing(device))}
+    names = [name for name in case.contenders if name not in absent]
+    torch._dynamo.reset()  # what was compiled for other cases is not looked through
+    inputs, upstream = case.data(device)
+    works = {name: case.work(name, inputs, upstream) for name in names}
+    errors = {name: error_of(case, work(), inputs, upstream) for name, work in works.items()}
+    peaks = {name: peak_of(case, name, works[name], device) if memory else None for name in names}
+    times = interleaved(works, device, seconds, fewest)
+    return Outcome(case, {name: Found(times[name], peaks[name], errors[name]) for name in names}, absent)
+
+
+def peak_of(case: Case, name: str, work: Any, device: torch.device) -> Peak | None:
+    """None where the system cannot tell."""
+    if device.type == "cuda":
+        return peak_on_cuda(work, device)
+    try:
+        return peaks_of([case], name)[0]
+    except NotMeasured:
+        return None
+
+
+def error_of(case: Case, result: Any, inputs: tuple[Any, ...], upstream: Tensor) -> float | None:
+    if case.error is not None:
+        return case.error(result, inputs)
+    if case.oracle is None:
+        return None
+    worst = 0.0
+    for ours, exact in zip(_tensors(result), _exact(case, inputs, upstream), strict=True):
+        worst = max(worst, float((ours.double() - exact).abs().max() / exact.abs().max()))
+    return worst
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+_remembered: list[Any] = [None, None]  # the case that was judged last, and its oracle's results
+
+
+def _exact(case: Case, inputs: tuple[Any, ...], upstream: Tensor) -> list[Tensor]:
+    """The oracle's results, rows in parts where samples do not meet: what has rows is joined, the rest is added up."""
+    if _remembered[0] is not case:
+        _remembered[:] = case, _of_parts(case, inputs, upstream)
+    return _remembered[1]
+
+
+def _of_parts(case: Case, inputs: tuple[Any, ...], upstream: Tensor) -> list[Tensor]:
+    assert case.oracle is not None
+
+    def double(one: Any) -> Any:
+        return one.double() if isinstance(one, Tensor) and one.is_floating_point() else one
+
+    def run(inputs: tuple[Any, ...], upstream: Tensor) -> list[Tensor]:
+        inputs = tree_map(double, inputs)
+        return _tensors(run_passes(case.passes, case.oracle, inputs, upstream.double(), case.leaves))  # type: ignore[arg-type]
+
+    if not case.rows:
+        return run(inputs, upstream)
+    count = len(inputs[case.rows[0]])
+    parts = []
+    for start in range(0, count, ORACLE_ROWS):
+        rows = slice(start, start + ORACLE_ROWS)
+        cut = tuple(one[rows] if i in case.rows else one for i, one in enumerate(inputs))
+        parts.append(run(cut, upstream[rows] if upstream.dim() else upstream))
+    if case.passes == "forward":
+        return [torch.cat(found) for found in zip(*parts, strict=True)]
+    joined = (i in case.rows for i in case.leaves)
+    return [torch.cat(p) if rows else torch.stack(p).sum(0) for p, rows in zip(zip(*parts, strict=True), joined, strict=True)]
+
+
+def as_row(outcome: Outcome, name: str, ceilings: Ceilings | None) -> dict[str, Any]:
+    """What is stored of one contender of a case, beside its times: plain numbers and words."""
+    case, found = outcome.case, outcome.found[name]
+    row: dict[str, Any] = {
+        "room": case.room,
+        "case": case.title,
+        "sizes": dict(case.sizes),
+        "dtype": case.dtype,
+        "passes": case.passes,
+        "contender": name,
+        "base": case.base,
+        "target": case.target,
+        "error": found.error,
+        "peak_bytes": found.peak and found.peak.bytes,
+        "beyond_bytes": found.peak and found.peak.beyond,
+        "result_bytes": found.peak and found.peak.result,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "absent": outcome.absent,
+    }
+    if ceilings is not None and (case.flops or case.bytes):
+        least = ceilings.seconds(case.flops, case.bytes, case.dtype)
+        row |= {"least_seconds": least, "roofline": least / found.times.median}
+    return row
