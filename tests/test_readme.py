@@ -9,7 +9,6 @@ import yaml
 
 from oodkern.cli import main, parse, without_auto
 from oodkern.config import load_config
-from oodkern.methods import METHODS
 from oodkern.training.comparison import Comparison
 from oodkern.verbs.common import file_and_overrides
 
@@ -124,58 +123,6 @@ def test_what_the_readme_says_of_the_comparisons(root):
         for method in ("ce", "oal")
     }
     assert abs(sum(far["ce"]) - sum(far["oal"])) / len(far["ce"]) < 0.02
-
-
-def test_the_costs_of_the_methods_are_the_stored_ones(readme, root):
-    rows = json.loads((root / "benches/results/methods-cpu-2-cores.json").read_text())["rows"]
-    single, multi = sorted(rows, key=lambda row: "multi-label" in row["case"])
-    for method in METHODS:
-        row = multi if method == "edge" else single
-        time, memory = (row[kind][method] / row[kind][row["base"]] for kind in ("milliseconds", "megabytes"))
-        (line,) = [line for line in readme.splitlines() if line.startswith(f"| `{method}`") and line.count("|") > 5]
-        assert f"| {time:.2f}, {memory:.2f} |" in line
-
-
-def test_the_times_of_greg_are_the_stored_ones(readme, root):
-    rows = json.loads((root / "benches/results/greg-cpu-2-cores.json").read_text())["rows"]
-    for detected in ("half", "all"):
-        cells = []
-        for norm in ("frozen", "batch"):
-            case = f"GReg+, {detected} detected correctly, BatchNorm {norm}"
-            (row,) = [row for row in rows if row["case"].startswith(case)]
-            time, memory = (row[kind] for kind in ("milliseconds", "megabytes"))
-            cells.append(f"{time['eager'] / time['oodkern']:.2f}, {memory['oodkern'] / memory['eager']:.2f}")
-        assert f"| {detected} | {cells[0]} | {cells[1]} |" in readme
-
-
-def test_the_times_of_products_are_the_stored_ones(readme, root):
-    rows = json.loads((root / "benches/results/products-cpu-2-cores.json").read_text())["rows"]
-    cases = {
-        "forward": "energy forward",
-        "forward and backward": "energy forward + backward",
-        "forward and backward, upstream foreseen": "energy forward + backward, foreseen",
-    }
-    for label, case in cases.items():
-        found = {row["dtype"]: row for row in rows if (row["room"], row["case"]) == ("linear_energy", case)}
-        single, half = found["float32"], found["bfloat16"]
-        assert f"| {label} | {single['ratio']:.2f} | {half['ratio']:.2f} |" in readme
-        for row in (single, half):
-            assert row["shape"] == [65_536, 512, 1_000]
-            assert row["beyond"]["eager"] >= 50 * row["beyond"]["oodkern"]
-
-
-def test_the_figures_of_pools_are_the_stored_ones(readme, root):
-    rows = json.loads((root / "benches/results/pool-cpu-2-cores.json").read_text())["rows"]
-    for row in rows[:2]:
-        classes, grown = (re.search(found, row["case"])[1] for found in (r"K=([\d,]+),", r"grew by (\d+) MB"))
-        share = row["milliseconds"]["bare product"] / row["milliseconds"]["oodkern"]
-        assert f"| {classes} | {share:.2f} | {row['ratio']:.2f} | {grown} MB |" in readme
-        assert row["shape"] == [4_000_000, 128]
-    text = " ".join(readme.split())
-    for row, name in zip(rows[2:], ("MiniBatchKMeans", "KMeans of 20,000 rows"), strict=True):
-        assert re.search(rf"{row['ratio']:.2f} times as fast as (scikit-learn's|its) {name}", text)
-        assert row["error"]["oodkern"] < 0.02
-    assert f"in {rows[2]['milliseconds']['oodkern'] / 1e3:.2f} s" in text
 
 
 def test_verbs_that_are_named_exist(readme):
