@@ -1,21 +1,24 @@
 """A step of GReg+ against the released recipe in plain PyTorch: `pytest benches/bench_greg_step.py`.
 
-ResNet-18 at 32 x 32, 64 ID images, 128 outliers of 384 candidates: minutes a case, so five rounds at most.
+ResNet-18 at 32 x 32, 64 ID images, 128 outliers of 384 candidates. Of width 16; `-m full` is of width 64,
+where a step takes five seconds and more, and of batches that are detected correctly as a whole.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_sampling import recipe
-from bench_step import images_in_memory, peak_of_step, stage_of
-from measure import Row, interleaved_medians, peak_megabytes, relative_error
+from bench_sampling import CLUSTERS, recipe
+from bench_step import check_selected, images_in_memory, sizes_of, stage_of, step
+from runner import contests
 
-from oodkern.data import Batches, stream
+from oodkern.benchmarks.case import OURS, Case, Contender, case
+from oodkern.data import stream
 
 # The norms as the paper has them, 192 times the released default: an error of the penalty is an error of the gradient.
-COMMON = ("method=gregplus", "model.width=64", "loss.gradient_scale=paper")
+COMMON = ("method=gregplus", "loss.gradient_scale=paper")
 # The speed aimed for, at half the memory.
 TARGETS = {"half": 1.8, "all": 1.2}
 
@@ -27,106 +30,147 @@ class Recipe:
     that gradient's norms. All rows are differentiated twice; hinges leave out those that are not detected.
     """
 
-    def __init__(self, stage, split):
+    def __init__(self, stage):
         config, options = stage.config, stage.config.optimizer
-        self.model, self.loss = copy.deepcopy(stage.model), stage.objective.loss
+        self.model, self.loss, self.count = copy.deepcopy(stage.model), stage.objective.loss, options.outlier_batch_size
         self.frozen = config.batch_norm == "frozen"
+        self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay, nesterov=True
+            self.parameters, options.lr, options.momentum, weight_decay=options.weight_decay, nesterov=True
         )
-        self.known = stream(Batches(split.train, options.batch_size, config.seed, 2))
-        self.candidates = stream(Batches(split.outliers, stage.objective.candidates, config.seed, 3))
+        self.known, self.candidates = stream(stage.id_batches), stream(stage.outlier_batches)
 
-    def advance(self):
-        images, target = next(self.known)
-        candidates, _ = next(self.candidates)
+    def step(self):
+        (images, target), (candidates, _) = next(self.known), next(self.candidates)
         outliers = candidates[self.choose(candidates)]
         self.model.train(not self.frozen)
-        self.optimizer.zero_grad()
-        value, _ = self.loss_of(self.model, images, target, outliers)
+        value, penalty = self.loss_of(self.model, images, target, outliers)
         value.backward()
         self.optimizer.step()
-        return value.item()
+        found = {
+            "parts": {"loss": value.item(), "gradient": penalty.item()},
+            "batch": {"images": images, "target": target, "outliers": outliers},
+            "gradients": [one.grad for one in self.parameters],
+        }
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
 
     @torch.no_grad()
     def choose(self, candidates):
         self.model.eval()
         logits, features = self.model.outputs(candidates)
-        return recipe(features, -torch.logsumexp(logits, -1))[0]
+        clusters = min(CLUSTERS, self.count // 2)
+        return recipe(features, -torch.logsumexp(logits, -1), clusters, self.count)[0]
 
     def loss_of(self, model, images, target, outliers):
         """The loss, and its penalty before the weight."""
         inputs, count = model.normalize(torch.cat([images, outliers])), len(images)
-        logits = model.model(inputs)
-        energies = -torch.logsumexp(logits, -1)
-        above, below = (energies[:count] - self.loss.margin_in).relu(), (self.loss.margin_out - energies[count:]).relu()
-        value = F.cross_entropy(logits[:count], target)
-        value = value + self.loss.alpha * (above.square().mean() + below.square().mean())
+        value = self.classification(model.model(inputs), target, count)
         inputs = inputs.detach().requires_grad_()
-        energies = -torch.logsumexp(model.model(inputs), -1)
-        below, above = (self.loss.margin_in - energies[:count]).relu(), (energies[count:] - self.loss.margin_out).relu()
-        (gradient,) = torch.autograd.grad(above.mean() - below.mean(), inputs, create_graph=True)
-        penalty = gradient.flatten(1).norm(dim=1).mean() * len(inputs)  # what "paper" takes back
+        penalty = self.penalty(model.model(inputs), inputs, count)
         return value + self.loss.beta * penalty, penalty
 
-    def gradients(self, images, target, outliers):
-        """The loss, its penalty, and the gradients of all parameters."""
-        self.model.train(not self.frozen)
-        value, penalty = self.loss_of(self.model, images, target, outliers)
-        return [value.detach(), penalty.detach(), *torch.autograd.grad(value, list(self.model.parameters()))]
-
-
-def peak_of_recipe(eager):
-    """As `peak_of_step`."""
-    eager.optimizer.zero_grad(set_to_none=True)
-    return peak_megabytes(eager.advance)
-
-
-def difference(stage, eager):
-    """The worst of the loss, the penalty and the gradients, ours from eager's on the images that ours chose."""
-    parts = stage.advance()
-    ours = [torch.tensor([parts[name]]) for name in ("loss", "gradient")] + [one.grad for one in stage.parameters]
-    theirs = eager.gradients(*(stage.batch[name] for name in ("images", "target", "outliers")))
-    return max(map(relative_error, ours, theirs))
-
-
-@pytest.mark.parametrize("batch_norm", ["frozen", "batch"])
-@pytest.mark.parametrize("detected", TARGETS)
-def test_greg_step(detected, batch_norm, benchmark, record, rounds):
-    """What `Stage.advance` does, and what the released code does with its own clusters of the same candidates.
-
-    With frozen BatchNorm both are one function of the images that are chosen, and `error` is how far ours is from
-    eager's. On batch statistics, as released, they are two: the recipe's penalty couples the rows of a batch and moves
-    the running statistics once more, ours takes running statistics; that row tells time and memory alone.
-    """
-    torch.manual_seed(1)
-    split = images_in_memory(False)
-    stage = stage_of((*COMMON, f"batch_norm={batch_norm}"), split)
-    if detected == "all":  # no method would be given such margins: those of ID images are the lower ones
-        stage.objective.loss.margin_in, stage.objective.loss.margin_out = 1e3, -1e3
-    eager = Recipe(stage, split)
-    error, of = {}, ""
-    if batch_norm == "frozen":
-        error, of = {"oodkern": difference(stage, eager)}, " (error: ours from eager's)"
-    contenders = {"oodkern": stage.advance, "eager": eager.advance}
-    peaks = {"oodkern": peak_of_step(stage), "eager": peak_of_recipe(eager)}
-    record(
-        Row(
-            room="step",
-            case=f"GReg+, {detected} detected correctly, BatchNorm {batch_norm}, own clusters{of}: ResNet-18",
-            shape=(192, 3, 32, 32),
-            dtype="float32",
-            milliseconds=interleaved_medians(contenders, min(rounds, 5)),
-            megabytes=peaks,
-            error=error,
-            target=TARGETS[detected],
+    def classification(self, logits, target, count):
+        energies = -torch.logsumexp(logits, -1)
+        above, below = (energies[:count] - self.loss.margin_in).relu(), (self.loss.margin_out - energies[count:]).relu()
+        return F.cross_entropy(logits[:count], target) + self.loss.alpha * (
+            above.square().mean() + below.square().mean()
         )
+
+    def penalty(self, logits, inputs, count):
+        energies = -torch.logsumexp(logits, -1)
+        below, above = (self.loss.margin_in - energies[:count]).relu(), (energies[count:] - self.loss.margin_out).relu()
+        (gradient,) = torch.autograd.grad(above.mean() - below.mean(), inputs, create_graph=True)
+        return gradient.flatten(1).norm(dim=1).mean() * len(inputs)  # what "paper" takes back
+
+
+class OneForward(Recipe):
+    """The same with one forward pass for both parts, as a good engineer has it."""
+
+    def loss_of(self, model, images, target, outliers):
+        inputs, count = model.normalize(torch.cat([images, outliers])).requires_grad_(), len(images)
+        logits = model.model(inputs)
+        penalty = self.penalty(logits, inputs, count)
+        return self.classification(logits, target, count) + self.loss.beta * penalty, penalty
+
+
+class Steps:
+    """The stage, and recipes on its model and batches, each made when it is first asked for."""
+
+    def __init__(self, overrides, detected, split):
+        self.stage = stage_of(overrides, split)
+        if detected == "all":  # no method would be given such margins: those of ID images are the lower ones
+            self.stage.objective.loss.margin_in, self.stage.objective.loss.margin_out = 1e3, -1e3
+        self.recipe, self.detected = functools.cache(lambda kind: kind(self.stage)), detected
+
+
+def ours(steps):
+    found = step(steps.stage)
+    if steps.detected == "half":
+        check_selected(found["parts"], steps.stage.config.optimizer)
+    else:
+        assert found["parts"]["selected_in"] == found["parts"]["selected_out"] == 1
+    return found
+
+
+def theirs(kind, steps):
+    return steps.recipe(kind).step()
+
+
+def difference(result, inputs):
+    """The worst of the loss, the penalty and the gradients, from float64's on the images that were chosen.
+
+    The penalty's gradient jumps where an activation crosses 0: images with one within rounding of it differ by 1e-3,
+    whoever computes it.
+    """
+    eager = inputs[0].recipe(Recipe)
+    model = copy.deepcopy(eager.model).double().eval()
+    images, target, outliers = (result["batch"][name] for name in ("images", "target", "outliers"))
+    value, penalty = eager.loss_of(model, images.double(), target, outliers.double())
+    exact = [value.detach(), penalty.detach(), *torch.autograd.grad(value, list(model.parameters()))]
+    found = [torch.tensor(result["parts"][name]) for name in ("loss", "gradient")] + result["gradients"]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
+
+
+def inputs(overrides, detected, generator):
+    return (Steps(overrides, detected, images_in_memory(False, generator)),)
+
+
+@case
+def greg_step(*, detected: str, batch_norm: str, images: int, width: int) -> Case:
+    """With frozen BatchNorm all are one function of the images that are chosen, and the error is theirs from float64.
+
+    On batch statistics, as released, they are not: the recipe's penalty couples the rows of a batch, and moves the
+    running statistics once more where it has its own pass; ours takes running statistics. Then time and memory are all
+    that is told.
+    """
+    overrides = (*COMMON, f"batch_norm={batch_norm}", *sizes_of(images, width))
+    return Case(
+        room="greg",
+        title=f"GReg+, {detected} detected correctly, BatchNorm {batch_norm}: ResNet-18 at 32 x 32",
+        sizes={"images": images, "width": width},
+        dtype="float32",
+        passes="whole",
+        inputs=functools.partial(inputs, overrides, detected),
+        contenders={
+            OURS: Contender(ours),
+            "published": Contender(functools.partial(theirs, Recipe)),
+            "eager": Contender(functools.partial(theirs, OneForward)),
+        },
+        error=difference if batch_norm == "frozen" else None,
+        slack=1e-5,
+        memory_share=0.5,
+        base="published",
+        target=TARGETS[detected],
     )
-    means = stage.means()
-    low, high = (0.35, 0.65) if detected == "half" else (1.0, 1.0)
-    for side in ("selected_in", "selected_out"):
-        assert low <= means[side] <= high, side
-    benchmark.pedantic(stage.advance, rounds=1)
-    assert peaks["oodkern"] <= peaks["eager"] / 2
-    if error:
-        assert error["oodkern"] < 1e-4
+
+
+CASES = [greg_step(detected="half", batch_norm=norm, images=192, width=16) for norm in ("frozen", "batch")]
+FULL = [
+    greg_step(detected=detected, batch_norm=norm, images=192, width=64)
+    for detected in TARGETS
+    for norm in ("frozen", "batch")
+]
+
+test_greg_step = contests(CASES)
+test_greg_step_full = pytest.mark.full(contests(FULL))

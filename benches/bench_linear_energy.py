@@ -1,119 +1,59 @@
-"""Room `linear_energy` against eager PyTorch, torch.compile and chunks: `pytest benches/bench_linear_energy.py`.
+"""Room `linear_energy`: `pytest benches/bench_linear_energy.py`."""
 
-Eager is what users write: the product, `.float()`, logsumexp. `native-chunked` is what a good engineer writes without a
-fused kernel: some rows at a time, one row kernel a chunk, the gradient by hand, all of it once the upstream is known.
-"""
+from runner import contests, growths
 
-from functools import partial
+from oodkern.benchmarks.growth import Sweep
+from oodkern.benchmarks.rooms.linear_energy import linear_score, linear_scores
 
-import pytest
-import torch
-from measure import relative_error, side_by_side
-from oracle import like
+SHARE = 1 / 20  # of eager's memory beyond results, where rows are many
+CASES = [
+    # A pool of a million rows, on a GPU; here its head and some of its rows.
+    linear_score(N=32_768, D=512, K=1_000, dtype="float32", passes="forward", target=1.5, memory_share=SHARE),
+    linear_score(N=32_768, D=512, K=1_000, dtype="bfloat16", passes="forward", target=2.8, memory_share=SHARE),
+    linear_score(N=8_192, D=2_048, K=1_000, dtype="bfloat16", passes="forward", memory_share=SHARE),
+    linear_score(N=1_024, D=512, K=21_841, dtype="float32", passes="forward", memory_share=SHARE),
+    linear_scores(N=8_192, D=512, K=1_000, dtype="float32"),
+    # CIFAR's heads.
+    linear_score(N=156_250, D=512, K=10, dtype="float32", passes="forward"),
+    linear_score(N=156_250, D=512, K=100, dtype="float32", passes="forward"),
+    # Training steps; the last has rows enough for its memory to be compared.
+    linear_score(N=512, D=512, K=1_000, dtype="float32", passes="backward"),
+    linear_score(N=4_096, D=512, K=1_000, dtype="float32", passes="backward", target=1.2),
+    linear_score(N=16_384, D=512, K=1_000, dtype="bfloat16", passes="backward", target=1.8, memory_share=SHARE),
+    linear_score(op="joint_energy", N=1_024, D=512, K=1_000, dtype="float32", passes="backward", target=1.2),
+    # Dense prediction.
+    linear_score(N=65_536, D=256, K=19, dtype="float32", passes="backward"),
+]
+GPU = [
+    *(
+        linear_score(N=N, D=D, K=K, dtype=dtype, passes="forward")
+        for N, D, K in (
+            (1_000_000, 512, 1_000),
+            (1_000_000, 2_048, 1_000),
+            (262_144, 512, 21_841),  # eager's logits of a million rows would not fit
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    linear_scores(N=1_000_000, D=512, K=1_000, dtype="bfloat16"),
+    *(linear_score(N=10_000_000, D=512, K=K, dtype="bfloat16", passes="forward") for K in (10, 100)),
+    *(
+        linear_score(N=N, D=D, K=K, dtype=dtype, passes="backward")
+        for N, D, K in ((512, 512, 1_000), (4_096, 512, 1_000), (4_194_304, 256, 19))
+        for dtype in ("float32", "bfloat16")
+    ),
+]
+# From these sizes on, what ours holds for each thread is full.
+DECADES = (1_000, 3_000, 10_000, 30_000, 100_000)
+GROWTH = [
+    *(
+        Sweep(linear_score(N=1_000, D=64, K=256, dtype="float32", passes=p), "N", DECADES)
+        for p in ("forward", "backward")
+    ),
+    Sweep(linear_score(N=256, D=64, K=1_000, dtype="float32", passes="forward"), "K", DECADES),
+    # Rows enough for tiles to outweigh the sums of the bias's gradient, a number a class and thread.
+    Sweep(linear_score(N=1_024, D=64, K=1_000, dtype="float32", passes="backward"), "K", DECADES[:4]),
+    Sweep(linear_score(N=1_024, D=64, K=500, dtype="float32", passes="forward"), "D", (64, 200, 640, 2_000, 6_400)),
+]
 
-import oodkern
-from oodkern import reference
-
-N, D, K = 65_536, 512, 1_000
-CHUNK = 4_096
-# Ratio to eager that was aimed for, on 2 cores.
-TARGETS = {
-    ("energy", "forward", "float32"): 1.5,
-    ("energy", "forward", "bfloat16"): 2.8,
-    ("energy", "forward + backward", "float32"): 1.2,
-    ("energy", "forward + backward", "bfloat16"): 1.8,
-    ("energy", "forward + backward, foreseen", "float32"): 1.2,
-    ("energy", "forward + backward, foreseen", "bfloat16"): 1.8,
-}
-
-
-def eager_energy(x, w, b):
-    return -torch.logsumexp(torch.nn.functional.linear(x, w, b).float(), -1)
-
-
-def eager_joint_energy(x, w, b):
-    return torch.nn.functional.softplus(torch.nn.functional.linear(x, w, b).float()).sum(-1)
-
-
-OPS = {
-    "energy": (oodkern.linear_energy, eager_energy, reference.linear_energy),
-    "joint_energy": (oodkern.linear_joint_energy, eager_joint_energy, reference.linear_joint_energy),
-}
-UPSTREAM = like(torch.empty(N))
-
-
-def forward(function, x, w, b):
-    with torch.no_grad():
-        return function(x, w, b)
-
-
-def forward_backward(function, x, w, b):
-    """Gradients in features, weight and bias for a random upstream: what a training step pays."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, w, b)]
-    return torch.autograd.grad(function(*leaves), leaves, UPSTREAM)
-
-
-def chunked_forward(name, x, w, b):
-    score = oodkern.energy if name == "energy" else oodkern.joint_energy
-    with torch.no_grad():
-        return torch.cat([score(torch.nn.functional.linear(rows, w, b)) for rows in x.split(CHUNK)])
-
-
-def chunked_forward_backward(name, x, w, b):
-    score = oodkern.energy if name == "energy" else oodkern.joint_energy
-    dx, dw, db = torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32), torch.zeros(len(b))
-    for i, rows in enumerate(x.split(CHUNK)):
-        z = torch.nn.functional.linear(rows, w, b).requires_grad_()
-        at = slice(i * CHUNK, i * CHUNK + len(rows))
-        (slope,) = torch.autograd.grad(score(z), z, UPSTREAM[at])
-        torch.mm(slope, w, out=dx[at])
-        dw += slope.T @ rows
-        db += slope.sum(0, dtype=torch.float32)
-    return dx, dw.to(w.dtype), db.to(b.dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # eager float16 takes five times float32's time
-@pytest.mark.parametrize("case", ["forward", "forward + backward", "forward + backward, foreseen"])
-@pytest.mark.parametrize("name", OPS)
-def test_linear_energy(name, case, dtype, benchmark, record, rounds):
-    ours, eager, oracle = OPS[name]
-    x, w, b = (torch.randn(shape).to(getattr(torch, dtype)) for shape in ((N, D), (K, D), (K,)))
-    w = w * 0.1
-    if case.endswith("foreseen"):  # as a loss of rows tells the score what its upstream will be
-        ours = partial(ours, upstream=oodkern.Upstream(UPSTREAM))
-    work, chunked = (forward, chunked_forward) if case == "forward" else (forward_backward, chunked_forward_backward)
-    rows = slice(0, 500)
-
-    def exact():
-        leaves = [t.double().requires_grad_(i == 0) for i, t in enumerate((x[rows], w, b))]
-        value = oracle(*leaves)
-        if case == "forward":
-            return value.detach()
-        return torch.autograd.grad(value, leaves[0], UPSTREAM[rows].double())[0]
-
-    of = exact()
-
-    def error_of(result):
-        return relative_error((result if case == "forward" else result[0])[rows], of)
-
-    contenders = {
-        "oodkern": partial(work, ours, x, w, b),
-        "eager": partial(work, eager, x, w, b),
-        "native-chunked": partial(chunked, name, x, w, b),
-    }
-    row = side_by_side(
-        "linear_energy",
-        f"{name} {case}",
-        (N, D, K),
-        dtype,
-        contenders,
-        partial(work, torch.compile(eager), x, w, b),
-        error_of,
-        rounds,
-        TARGETS.get((name, case, dtype)),
-    )
-    record(row)
-    benchmark.pedantic(contenders["oodkern"], rounds=1)
-    # A float32 energy of 30 is rounded by 1e-6 of a softmax, which the gradients are made of.
-    assert row.error["oodkern"] <= 2 * row.error["eager"] + (1e-6 if case == "forward" else 3e-6)
-    assert row.beyond["oodkern"] <= row.beyond["eager"] / 20
+test_linear_energy = contests(CASES)
+test_growth = growths(GROWTH)

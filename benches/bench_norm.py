@@ -1,61 +1,30 @@
-"""Room `norm` against eager PyTorch and torch.compile: `pytest benches/bench_norm.py`."""
+"""Room `norm`: `pytest benches/bench_norm.py`."""
 
-from functools import partial
+from runner import contests, growths
 
-import pytest
-import torch
-from measure import relative_error, side_by_side
-from oracle import like
+from oodkern.benchmarks.growth import Sweep
+from oodkern.benchmarks.rooms.norm import sample_norm
 
-import oodkern
-from oodkern import reference
+D = 3 * 224 * 224
+ALL_PASSES = "double backward"
+TARGET = 3.0  # times the base's speed, on 2 cores
+CASES = [
+    sample_norm(N=64, D=D, dtype="bfloat16", passes="forward"),
+    sample_norm(N=16, D=D, dtype="float32", passes=ALL_PASSES, target=TARGET),
+    sample_norm(N=64, D=D, dtype="float32", passes=ALL_PASSES, target=TARGET),
+    sample_norm(N=64, D=D, dtype="bfloat16", passes=ALL_PASSES),
+]
+GPU = [
+    sample_norm(N=256, D=D, dtype="bfloat16", passes="forward"),
+    *(sample_norm(N=256, D=D, dtype=dtype, passes=ALL_PASSES) for dtype in ("float32", "bfloat16")),
+]
+# The first gradient and a cotangent of the size of x are there until the second one is.
+GROWTH = [
+    Sweep(sample_norm(N=64, D=D // 49, dtype="float32", passes="backward"), "N", (32, 100, 320, 1_000, 3_200)),
+    Sweep(
+        sample_norm(N=16, D=D, dtype="float32", passes=ALL_PASSES), "D", (1_500, 5_000, 15_000, 50_000, D), memory=1.0
+    ),
+]
 
-SHAPE = (128, 3, 224, 224)
-
-
-def eager_norm(x):
-    return x.flatten(1).norm(dim=1)
-
-
-def forward(function, x):
-    with torch.no_grad():
-        return function(x)
-
-
-def to_second_order(function, x):
-    """Value, gradient and the gradient's gradient: what a penalty on the norm of an input's gradient pays."""
-    leaf = x.detach().requires_grad_()
-    norm = function(leaf)
-    upstream = UPSTREAM[: len(x)].to(norm.dtype).requires_grad_()
-    (gradient,) = torch.autograd.grad(norm, leaf, upstream, create_graph=True)
-    return torch.autograd.grad(gradient, leaf, COTANGENT[: len(x)].to(x.dtype))[0]
-
-
-UPSTREAM = like(torch.empty(SHAPE[0]))
-COTANGENT = like(torch.empty(SHAPE), seed=11)
-# Ratio to eager that was aimed for, on 2 cores.
-TARGETS = {(to_second_order, "float32"): 3.0}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("work", [forward, to_second_order], ids=["forward", "forward + backward + double backward"])
-def test_norm(work, dtype, benchmark, record, rounds, request):
-    x = torch.randn(SHAPE).to(getattr(torch, dtype))
-    contenders = {"oodkern": partial(work, oodkern.sample_norm, x), "eager": partial(work, eager_norm, x)}
-    rows = slice(0, 8)  # the oracle's temporaries are many times the images: judge the error on a part
-    exact = work(reference.sample_norm, x[rows].double())
-    row = side_by_side(
-        "norm",
-        request.node.callspec.id.split("-")[0],
-        SHAPE,
-        dtype,
-        contenders,
-        # Compiled functions cannot be differentiated twice.
-        partial(work, torch.compile(eager_norm), x) if work is forward else None,
-        lambda result: relative_error(result[rows], exact),
-        rounds,
-        TARGETS.get((work, dtype)),
-    )
-    record(row)
-    benchmark.pedantic(contenders["oodkern"], rounds=3)
-    assert row.error["oodkern"] <= 2 * row.error["eager"] + 1e-6
+test_norm = contests(CASES)
+test_growth = growths(GROWTH)

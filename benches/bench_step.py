@@ -1,106 +1,31 @@
-"""Training steps: `pytest benches/bench_step.py`.
+"""Training steps of the methods against one of Outlier Exposure: `pytest benches/bench_step.py`.
 
-At many classes, losses of features and head against those of logits; and each method against Outlier Exposure
-(`-k methods`).
+A step is what `Stage.advance` does: images read, outliers chosen, forward, loss and penalty, backward, optimizer. The
+losses of pytorch-ood that are the same step as ours are trained by the loop that a user would write around them.
 """
 
 import copy
+import functools
+import time
 
 import pytest
 import torch
-import torch.nn.functional as F
-from measure import Row, interleaved_medians, peak_megabytes, relative_error
+from runner import CLOCK, contests, replay, smoke
 from torch import nn
 
 from oodkern import energy
+from oodkern.benchmarks.case import Case, Contender, case
+from oodkern.benchmarks.timing import interleaved
 from oodkern.config import load_config
-from oodkern.data import ArraySet, OODSplit
-from oodkern.losses import EnergyLoss, OutlierExposureLoss
+from oodkern.data import ArraySet, OODSplit, stream
 from oodkern.methods import METHODS
 from oodkern.training.stage import Stage
 from oodkern.training.start import build_classifier, setting_of
 
-ID, OUTLIERS, D, K = 256, 256, 512, 21_841
-ALPHA, MARGIN_IN, MARGIN_OUT = 0.1, -13.5, -12.0  # about the energies of the random logits here, so that hinges act
-
-
-def eager_energy(logits, target):
-    energies = -torch.logsumexp(logits, -1)
-    above, below = (energies[:ID] - MARGIN_IN).relu(), (MARGIN_OUT - energies[ID:]).relu()
-    hinges = above.square().mean() + below.square().mean()
-    return F.cross_entropy(logits[:ID], target) + ALPHA * hinges
-
-
-def eager_outlier_exposure(logits, target):
-    outliers = logits[ID:]
-    flat = torch.logsumexp(outliers, -1) - outliers.mean(-1)
-    return F.cross_entropy(logits[:ID], target) + ALPHA * flat.mean()
-
-
-LOSSES = {
-    "energy": (EnergyLoss(ALPHA, MARGIN_IN, MARGIN_OUT), eager_energy),
-    "outlier exposure": (OutlierExposureLoss(ALPHA), eager_outlier_exposure),
-}
-
-
-class Model(nn.Module):
-    """A backbone so small that the head is what takes time."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(64, D), nn.ReLU(), nn.Linear(D, D), nn.LayerNorm(D))
-        self.head = nn.Linear(D, K)
-        nn.init.normal_(self.head.weight, std=2 * D**-0.5)  # logits of deviation 2
-
-
-def fused(loss, model, images, target):
-    return loss.from_features(model.backbone(images), model.head.weight, model.head.bias, target, ID)
-
-
-def eager(loss, model, images, target):
-    return loss(F.linear(model.backbone(images), model.head.weight, model.head.bias), target)
-
-
-def step(function, loss, model, images, target):
-    """Forward and backward: the gradients of all parameters, and nothing else."""
-    return torch.autograd.grad(function(loss, model, images, target), list(model.parameters()))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_step(name, dtype, benchmark, record, rounds):
-    torch.manual_seed(0)
-    ours, theirs = LOSSES[name]
-    model = Model().to(getattr(torch, dtype))
-    images = torch.randn(ID + OUTLIERS, 64).to(getattr(torch, dtype))
-    target = torch.randint(0, K, (ID,))
-    contenders = {
-        "oodkern": lambda: step(fused, ours, model, images, target),
-        "eager": lambda: step(eager, theirs, model, images, target),
-    }
-    exact = step(eager, theirs, copy.deepcopy(model).double(), images.double(), target)
-    # The worst of all gradients.
-    errors = {label: max(map(relative_error, work(), exact)) for label, work in contenders.items()}
-    del exact
-    record(
-        Row(
-            room="step",
-            case=f"{name} loss, forward + backward",
-            shape=(ID + OUTLIERS, D, K),
-            dtype=dtype,
-            milliseconds=interleaved_medians(contenders, rounds),
-            megabytes={label: peak_megabytes(work) for label, work in contenders.items()},
-            error=errors,
-        )
-    )
-    benchmark.pedantic(contenders["oodkern"], rounds=1)
-    assert errors["oodkern"] <= 2 * errors["eager"] + 1e-5
-
-
-# Overrides of each contender, what is compared with ("oe") among them; `edge` is for multi-label classifiers alone.
+# Overrides of each method, what is compared with ("oe") among them; `edge` is for multi-label classifiers alone.
 # OAL's teacher is asked about every batch, as in any run with augmentation, or was once about the training set; EDGE's
 # gap counts, as in the second half of a run.
-CONTENDERS = {
+OVERRIDES = {
     "single-label": {
         **{name: (f"method={name}",) for name, method in METHODS.items() if method.score_names[0] is not None},
         "oal": ("method=oal", "loss.teacher_outputs=online"),
@@ -114,10 +39,8 @@ CONTENDERS = {
 # At this rate weights stay what they are, and margins go on selecting half of the images.
 COMMON = (
     "model.name=resnet18",
-    "model.width=16",
     "optimizer.name=sgd",
     "optimizer.lr=1e-12",
-    "optimizer.outlier_batch_size=128",
     "batch_norm=batch",
     "schedule.name=constant",
 )
@@ -125,14 +48,15 @@ CLASSES, TRAINING, AUXILIARY, SIDE = 10, 640, 1_280, 32
 CPU = torch.device("cpu")
 
 
-def images_in_memory(multi_label):
+def images_in_memory(multi_label, generator):
     """Random images, those of the known classes around a pattern of their class; outliers have less contrast."""
+    rand = functools.partial(torch.rand, generator=generator)
     classes = tuple(map(str, range(CLASSES)))
     labels = torch.arange(TRAINING) % CLASSES
-    patterns = torch.rand(CLASSES, 3, SIDE, SIDE)
-    known = (patterns[labels] + torch.rand(TRAINING, 3, SIDE, SIDE)) / 2
-    unknown = 0.4 + 0.2 * torch.rand(AUXILIARY, 3, SIDE, SIDE)
-    targets = (torch.rand(TRAINING, CLASSES) < 0.2).float() if multi_label else labels
+    patterns = rand(CLASSES, 3, SIDE, SIDE)
+    known = (patterns[labels] + rand(TRAINING, 3, SIDE, SIDE)) / 2
+    unknown = 0.4 + 0.2 * rand(AUXILIARY, 3, SIDE, SIDE)
+    targets = (rand(TRAINING, CLASSES) < 0.2).float() if multi_label else labels
     train, outliers = ArraySet(known, targets, classes), ArraySet(unknown, torch.full((AUXILIARY,), -1))
     return OODSplit("random", train, train, train, outliers, outliers, {}, classes, multi_label)
 
@@ -164,47 +88,142 @@ def stage_of(overrides, split):
     return Stage("method", config, split, model, objective, method.uses_outliers, CPU)
 
 
-def peak_of_step(stage):
-    """In megabytes, beyond parameters, running statistics and momentum: what the step before left is let go first."""
+def step(stage):
+    """A step. Its batch and gradients are handed out: the next one finds only parameters, statistics and momentum."""
+    parts = stage.advance()
+    found = {"parts": parts, "batch": stage.batch, "gradients": [one.grad for one in stage.parameters]}
     stage.optimizer.zero_grad(set_to_none=True)
     stage.let_go()
     stage.batch = None
-    return peak_megabytes(stage.advance)
+    return found
 
 
-@pytest.fixture(scope="module")
-def steps(rounds):
-    """Stages by kind of label and contender, and the milliseconds of their steps, all taken in turns."""
-    stages = {}
-    for kind, contenders in CONTENDERS.items():
-        torch.manual_seed(1)
-        split = images_in_memory(kind == "multi-label")
-        stages |= {(kind, name): stage_of(overrides, split) for name, overrides in contenders.items()}
-    took = interleaved_medians({key: stage.advance for key, stage in stages.items()}, rounds)
-    return stages, took
+class Loop:
+    """The loop of a user: a copy of a stage's model, its batches, and a loss of logits and labels, of outliers -1."""
 
-
-@pytest.mark.parametrize("kind", CONTENDERS)
-def test_methods(kind, steps, benchmark, record):
-    """What `Stage.advance` does: images read, outliers chosen, forward, loss and penalty, backward, optimizer."""
-    stages, took = ({name: found[kind, name] for name in CONTENDERS[kind]} for found in steps)
-    options = stages["oe"].config.optimizer
-    record(
-        Row(
-            room="step",
-            case=f"methods, {kind}: ResNet-18 of width 16, {CLASSES} classes",
-            shape=(options.batch_size + options.outlier_batch_size, 3, SIDE, SIDE),
-            dtype="float32",
-            milliseconds=took,
-            megabytes={name: peak_of_step(stage) for name, stage in stages.items()},
-            error={},
-            base="oe",
+    def __init__(self, stage, loss):
+        options = stage.config.optimizer
+        self.model, self.loss = copy.deepcopy(stage.model), loss
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.SGD(
+            self.parameters, options.lr, options.momentum, weight_decay=options.weight_decay, nesterov=True
         )
+        self.known, self.outliers = stream(stage.id_batches), stream(stage.outlier_batches)
+
+    def step(self):
+        (images, target), (outliers, unknown) = next(self.known), next(self.outliers)
+        self.model.train()
+        value = self.loss(self.model(torch.cat([images, outliers])), torch.cat([target, unknown]))
+        value.backward()
+        self.optimizer.step()
+        found = {"parts": {"loss": value.item()}, "gradients": [one.grad for one in self.parameters]}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+
+def theirs_oe(stage):
+    """Theirs is a mean over the whole batch, which these factors make ours."""
+    from pytorch_ood.loss import OutlierExposureLoss
+
+    known, unknown = stage.id_batches.batch_size, stage.outliers_per_step
+    loss = OutlierExposureLoss(alpha=stage.objective.loss.alpha * known / unknown)
+    return lambda logits, target: loss(logits, target) * ((known + unknown) / known)
+
+
+def theirs_energy(stage):
+    from pytorch_ood.loss import EnergyRegularizedLoss
+
+    ours = stage.objective.loss
+    return EnergyRegularizedLoss(ours.alpha, ours.margin_in, ours.margin_out)
+
+
+THEIRS = {"oe": theirs_oe, "energy": theirs_energy}
+
+
+class Steps(dict):
+    """Stages and loops by contender, each made when it is first asked for."""
+
+    def __init__(self, kind, sizes, split):
+        super().__init__()
+        self.kind, self.sizes, self.split = kind, sizes, split
+
+    def __missing__(self, name):
+        if name in OVERRIDES[self.kind]:
+            self[name] = stage_of((*OVERRIDES[self.kind][name], *self.sizes), self.split)
+        else:
+            stage = self[name.partition(",")[0]]
+            self[name] = Loop(stage, THEIRS[name.partition(",")[0]](stage))
+        return self[name]
+
+
+def sizes_of(images, width):
+    """Of a step's images a third is known, as 64 of 192 are."""
+    known = images // 3
+    return f"optimizer.batch_size={known}", f"optimizer.outlier_batch_size={images - known}", f"model.width={width}"
+
+
+def check_selected(parts, options):
+    """Half of each side: within three deviations of a fair coin's share."""
+    for side, count in (("selected_in", options.batch_size), ("selected_out", options.outlier_batch_size)):
+        assert abs(parts.get(side, 0.5) - 0.5) < 1.5 * count**-0.5, (side, parts)
+
+
+def of_stage(name, steps):
+    return step(steps[name])
+
+
+def of_loop(name, steps):
+    return steps[name].step()
+
+
+def inputs(kind, sizes, generator):
+    return (Steps(kind, sizes, images_in_memory(kind == "multi-label", generator)),)
+
+
+@case
+def methods(*, kind: str, images: int, width: int) -> Case:
+    loops = {f"{name}, pytorch-ood": ("pytorch_ood.loss",) for name in THEIRS if kind == "single-label"}
+    return Case(
+        room="methods",
+        title=f"{kind}: ResNet-18 at 32 x 32, {CLASSES} classes",
+        sizes={"images": images, "width": width},
+        dtype="float32",
+        passes="whole",
+        inputs=functools.partial(inputs, kind, sizes_of(images, width)),
+        contenders={
+            **{name: Contender(functools.partial(of_stage, name)) for name in OVERRIDES[kind]},
+            **{name: Contender(functools.partial(of_loop, name), needs=needs) for name, needs in loops.items()},
+        },
+        base="oe",
     )
-    for name, stage in stages.items():
-        means = stage.means()
-        for side in ("selected_in", "selected_out"):
-            assert 0.35 < means.get(side, 0.5) < 0.65, (name, side)
-        # A twentieth of the step at most: what is compared are methods, not how images are read.
-        assert interleaved_medians({"read": stage.next_batch}, 5)["read"] < 0.05 * took[name], name
-    benchmark.pedantic(stages["oe"].advance, rounds=1)
+
+
+CASES = [methods(kind=kind, images=192, width=16) for kind in OVERRIDES]
+
+test_methods = contests(CASES)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("kind", OVERRIDES)
+def test_premises(kind, benchmark, request):
+    """What is compared is methods, not how images are read: that is a twentieth of a step at most. Margins go on
+    selecting half of the images; and the loops' gradients are ours."""
+    found = CASES[list(OVERRIDES).index(kind)]
+    found = smoke(found) if request.config.getoption("--smoke") else found
+    ((steps,), _) = found.data(CPU)
+    names = [name for name, one in found.contenders.items() if one.missing(CPU) is None]
+    first = {name: found.contenders[name].function(steps)["gradients"] for name in names}
+    for name in set(names) - set(OVERRIDES[kind]):
+        torch.testing.assert_close(first[name], first[name.partition(",")[0]], rtol=1e-3, atol=1e-5)
+    reading = {}
+    for name in OVERRIDES[kind]:
+        stage = steps[name]
+        started = time.perf_counter()
+        stage.advance()
+        took = time.perf_counter() - started
+        reading[name] = interleaved({"reading": stage.next_batch}, CPU, 0.2)["reading"]
+        assert reading[name].median < 0.05 * took, name
+        check_selected(stage.means(), stage.config.optimizer)
+    benchmark.group = found.name
+    benchmark.extra_info.update(room=found.room, case=found.title, contender="images read of a step of oe")
+    replay(benchmark, reading["oe"])

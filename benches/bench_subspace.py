@@ -1,79 +1,44 @@
-"""Room `subspace` against eager PyTorch and torch.compile: `pytest benches/bench_subspace.py`."""
+"""Room `subspace`: `pytest benches/bench_subspace.py`."""
 
-from functools import partial
+from runner import contests, growths
 
-import pytest
-import torch
-from measure import relative_error, side_by_side
-from oracle import like
+from oodkern.benchmarks.growth import Sweep
+from oodkern.benchmarks.rooms.subspace import alignment, subspace_energy
 
-import oodkern
-from oodkern import reference
+CASES = [
+    alignment(N=32_768, D=512, K=1_000, dtype="float32", passes="forward"),
+    alignment(N=16_384, D=512, K=1_000, dtype="float32", passes="backward"),
+    alignment(N=16_384, D=512, K=1_000, dtype="bfloat16", passes="backward"),
+    alignment(N=32_768, D=512, K=10, dtype="float32", passes="backward"),
+    subspace_energy(N=8_192, D=2_048, r=128, dtype="float32", passes="forward"),
+    subspace_energy(N=8_192, D=2_048, r=128, dtype="float32", passes="backward"),
+    subspace_energy(N=8_192, D=2_048, r=128, dtype="bfloat16", passes="backward"),
+]
+GPU = [
+    *(alignment(N=1_048_576, D=512, K=1_000, dtype=d, passes="forward") for d in ("float32", "bfloat16")),
+    *(alignment(N=4_096, D=512, K=1_000, dtype=d, passes="backward") for d in ("float32", "bfloat16")),
+    alignment(N=1_048_576, D=512, K=10, dtype="bfloat16", passes="backward"),
+    subspace_energy(N=1_048_576, D=2_048, r=128, dtype="bfloat16", passes="forward"),
+    *(subspace_energy(N=262_144, D=2_048, r=128, dtype=d, passes="backward") for d in ("float32", "bfloat16")),
+]
+# From these sizes on, what ours holds for each thread is full.
+DECADES = (1_000, 3_000, 10_000, 30_000, 100_000)
+GROWTH = [
+    Sweep(alignment(N=1_000, D=64, K=256, dtype="float32", passes="backward"), "N", DECADES),
+    Sweep(alignment(N=256, D=64, K=1_000, dtype="float32", passes="backward"), "K", DECADES),
+    Sweep(
+        subspace_energy(N=1_000, D=512, r=64, dtype="float32", passes="backward"),
+        "N",
+        (1_000, 2_000, 5_000, 10_000, 30_000),
+    ),
+    # Rows are held whole, some of them, in 16 MiB at most.
+    Sweep(
+        subspace_energy(N=1_024, D=512, r=64, dtype="float32", passes="backward"),
+        "D",
+        (64, 200, 640, 2_000, 6_400),
+        memory=1.0,
+    ),
+]
 
-UPSTREAM = like(torch.empty(65_536))
-
-
-def eager_alignment(x, w):
-    normalize = torch.nn.functional.normalize
-    return (normalize(x, dim=-1) @ normalize(w, dim=-1).T).float().abs().mean(-1)
-
-
-def eager_subspace(x, u):
-    """The complement by its residual, as it has to be."""
-    inside = x.float() @ u
-    outside = x.float() - inside @ u.T
-    return inside.square().sum(-1) + 0.5 * outside.square().sum(-1)
-
-
-def ours_subspace(x, u):
-    inside, outside = oodkern.subspace_energy(x, u)
-    return inside + 0.5 * outside
-
-
-def exact_subspace(x, u):
-    inside, outside = reference.subspace_energy(x, u)
-    return inside + 0.5 * outside
-
-
-# name: ours, eager, oracle, shape [N, D, K]
-OPS = {
-    "alignment": (oodkern.alignment, eager_alignment, reference.alignment, (65_536, 512, 1_000)),
-    "alignment, 10 classes": (oodkern.alignment, eager_alignment, reference.alignment, (65_536, 512, 10)),
-    "subspace_energy": (ours_subspace, eager_subspace, exact_subspace, (16_384, 2_048, 128)),
-}
-
-
-def forward(function, x, w):
-    with torch.no_grad():
-        return function(x, w)
-
-
-def forward_backward(function, x, w):
-    """In the features alone: Separation detaches the weight, and a basis is a constant."""
-    leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(function(leaf, w), leaf, UPSTREAM[: len(x)])[0]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("work", [forward, forward_backward], ids=["forward", "forward + backward"])
-@pytest.mark.parametrize("name", OPS)
-def test_subspace(name, work, dtype, benchmark, record, rounds, request):
-    ours, eager, oracle, (N, D, K) = OPS[name]
-    x = torch.randn(N, D).to(getattr(torch, dtype))
-    w = oodkern.orthonormal_basis(torch.randn(K, D)) if "subspace" in name else torch.randn(K, D).to(x.dtype)
-    contenders = {"oodkern": partial(work, ours, x, w), "eager": partial(work, eager, x, w)}
-    rows = slice(0, 500)
-    exact = work(oracle, x[rows].double(), w.double())
-    row = side_by_side(
-        "subspace",
-        f"{name} {request.node.callspec.id.split('-')[1]}",
-        (N, D, K),
-        dtype,
-        contenders,
-        partial(work, torch.compile(eager), x, w),
-        lambda result: relative_error(result[rows], exact),
-        rounds,
-    )
-    record(row)
-    benchmark.pedantic(contenders["oodkern"], rounds=1)
-    assert row.error["oodkern"] <= 2 * row.error["eager"] + 1e-6
+test_subspace = contests(CASES)
+test_growth = growths(GROWTH)

@@ -8,9 +8,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benches")]
 
-from runner import EXPONENT_SLACK, check_error, replay, smoke  # noqa: E402
+from runner import EXPONENT_SLACK, check_error, check_memory, replay, smoke, without_compiled  # noqa: E402
 
-from oodkern.benchmarks.case import COMPILED, OURS  # noqa: E402
+from oodkern.benchmarks.case import OURS  # noqa: E402
 from oodkern.benchmarks.growth import measure_growth  # noqa: E402
 from oodkern.benchmarks.machine import ceilings, machine, machine_name  # noqa: E402
 from oodkern.benchmarks.measure import as_row, measure  # noqa: E402
@@ -26,16 +26,18 @@ def pytest_addoption(parser):
     group.addoption("--seconds", type=float, default=2.0, help="that the turns of a case take together (default 2)")
     group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--save", action="store_true", help="keep the run in benches/results/MACHINE/DATE-COMMIT.json")
-    group.addoption("--smoke", action="store_true", help="tiny sizes, one turn, no torch.compile, no memory: do all run?")
+    group.addoption(
+        "--smoke", action="store_true", help="tiny sizes, one turn, no torch.compile, no memory: do all run?"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    config.machine = machine(torch.device(config.getoption("--bench-device")))
     if config.getoption("--save") and not config.option.benchmark_json:
-        found = machine(torch.device(config.getoption("--bench-device")))
-        folder = ROOT / "benches" / "results" / machine_name(found)
+        folder = ROOT / "benches" / "results" / machine_name(config.machine)
         folder.mkdir(parents=True, exist_ok=True)
-        config.saved = folder / f"{date.today().isoformat()}-{found['commit']}.json"
+        config.saved = folder / f"{date.today().isoformat()}-{config.machine['commit']}.json"
         config.option.benchmark_json = str(config.saved.with_suffix(".part"))
 
 
@@ -50,7 +52,14 @@ def pytest_unconfigure(config):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
-    machine_info.update(machine(torch.device(config.getoption("--bench-device"))))
+    machine_info.update(config.machine)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Parameters and options are objects and their addresses; what they say is in extra_info."""
+    for row in output_json["benchmarks"]:
+        for key in ("params", "param", "options"):
+            row.pop(key, None)
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
@@ -85,15 +94,9 @@ def contest(request, device):
         replay(benchmark, outcome.found[name].times)
         if name == OURS:
             check_error({name: found.error for name, found in outcome.found.items()}, case.base, case.slack)
+            check_memory({name: found.peak for name, found in outcome.found.items()}, case.base, case.memory_share)
 
     return hand
-
-
-def without_compiled(case):
-    """In a smoke test nothing is compiled."""
-    kept = {name: one for name, one in case.contenders.items() if not one.compiled}
-    object.__setattr__(case, "contenders", kept)
-    return case
 
 
 @pytest.fixture(scope="session")

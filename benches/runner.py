@@ -12,6 +12,7 @@ import pytest
 
 from oodkern.benchmarks.case import OURS, Case
 from oodkern.benchmarks.growth import Sweep
+from oodkern.benchmarks.memory import Peak
 from oodkern.benchmarks.timing import Times
 
 SMOKE_SIZE = 48
@@ -40,13 +41,13 @@ def replay(benchmark, times: Times) -> None:
     benchmark.pedantic(CLOCK.turn, rounds=len(times.seconds), iterations=1)
 
 
+def row_id(case: Case, name: str) -> str:
+    return f"{case.title}-{case.shape}-{case.dtype}-{name}".replace(" ", "")
+
+
 def contests(cases: Sequence[Case]):
     """The test of these cases: every contender gives a row; ours is held to twice eager's error."""
-    pairs = [
-        pytest.param(case, name, id=f"{case.title}-{case.shape}-{case.dtype}-{name}".replace(" ", ""))
-        for case in cases
-        for name in case.contenders
-    ]
+    pairs = [pytest.param(case, name, id=row_id(case, name)) for case in cases for name in case.contenders]
 
     @pytest.mark.benchmark(timer=CLOCK)
     @pytest.mark.parametrize(("case", "name"), pairs)
@@ -78,8 +79,22 @@ def smoke(case: Case) -> Case:
     return case.at(**{name: min(size, SMOKE_SIZE) for name, size in case.sizes.items()})
 
 
+def without_compiled(case: Case) -> Case:
+    """In a smoke test nothing is compiled."""
+    kept = {name: one for name, one in case.contenders.items() if not one.compiled}
+    object.__setattr__(case, "contenders", kept)
+    return case
+
+
 def check_error(errors: dict[str, float | None], base: str, slack: float) -> None:
     """error of ours <= 2 * that of the base + slack."""
     ours, theirs = errors.get(OURS), errors.get(base)
     if ours is not None and theirs is not None:
         assert ours <= 2 * theirs + slack, f"error {ours:.1e}, that of {base} {theirs:.1e}"
+
+
+def check_memory(peaks: dict[str, Peak | None], base: str, share: float | None) -> None:
+    """memory of ours beyond results <= share * that of the base, where a share is promised and both were measured."""
+    ours, theirs = peaks.get(OURS), peaks.get(base)
+    if share is not None and ours is not None and theirs is not None:
+        assert ours.beyond <= share * theirs.beyond, f"{ours.beyond:,} bytes, those of {base} {theirs.beyond:,}"

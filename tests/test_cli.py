@@ -231,7 +231,7 @@ def test_show_prints_every_key(capsys):
     assert "  alpha: 0.3" in printed
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "score", "compare", "plan"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "score", "compare", "plan", "bench"])
 def test_help_teaches(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,26 +79,24 @@ def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
 def measure_growth(
     sweep: Sweep, device: torch.device, seconds: float = 0.5, *, fewest: int = 3, memory: bool = True
 ) -> dict[str, Growth]:
-    """Every contender that is not a third party's, at every value, in turns. torch.compile compiles once for all sizes."""
+    """Every contender that is no third party's, at every value, in turns. torch.compile compiles once for all sizes."""
     cases = sweep.cases
     names = [name for name, contender in sweep.case.contenders.items() if not contender.needs]
     torch._dynamo.reset()
-    ready = {name: sweep.case.ready(name, dynamic=True) for name in names}
+    ready = {name: sweep.case.ready(name, dynamic=True) for name in names if sweep.case.contenders[name].compiled}
     times: dict[str, list[Times]] = {name: [] for name in names}
     peaks: dict[str, list[Peak]] = {name: [] for name in names}
     for case in cases:
         inputs, upstream = case.data(device)
-        works = {name: case.work(name, inputs, upstream, ready[name]) for name in names}
+        works = {name: case.work(name, inputs, upstream, ready.get(name)) for name in names}
         for name, found in interleaved(works, device, seconds, fewest).items():
             times[name].append(found)
         if memory and device.type == "cuda":
             for name, work in works.items():
                 peaks[name].append(peak_on_cuda(work, device))
     if memory and device.type != "cuda":
-        try:
+        with contextlib.suppress(NotMeasured):
             peaks = {name: peaks_of(cases, name) for name in names}
-        except NotMeasured:
-            pass
     return {
         name: Growth(sweep.values, tuple(times[name]), tuple(peaks[name]) if peaks[name] else None) for name in names
     }

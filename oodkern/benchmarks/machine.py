@@ -30,7 +30,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit(),
@@ -51,9 +51,11 @@ def machine_name(found: dict[str, Any]) -> str:
 
 def commit() -> str | None:
     """Of the checkout that the package is in, with "-dirty" where a source was changed since; None without one."""
-    folder = Path(__file__).parent
-    call = ["git", "-C", str(folder)]
+    own = Path(__file__)
+    call = ["git", "-C", str(own.parent)]
     try:
+        # A package may be installed inside somebody else's checkout.
+        subprocess.run([*call, "ls-files", "--error-unmatch", own.name], capture_output=True, check=True)
         short = subprocess.run([*call, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
             [*call, "status", "--porcelain", "--untracked-files=no", "--", ":/csrc", ":/oodkern"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from oodkern.benchmarks.case import OURS, Case, run_passes
+from oodkern._errors import brief
+from oodkern.benchmarks.case import OURS, Case, cotangents, run_passes
 from oodkern.benchmarks.machine import Ceilings
 from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of
 from oodkern.benchmarks.timing import Times, interleaved
 
 ORACLE_ROWS = 4_096  # float64 temporaries of so many at a time
+ERROR_NUMBERS = 1 << 24  # likewise
 
 
 @dataclass
@@ -39,20 +43,45 @@ class Outcome:
         return self.found[base or self.case.base].times.median / self.found[name].times.median
 
 
-def measure(case: Case, device: torch.device, seconds: float = 3.0, *, fewest: int = 5, memory: bool = True) -> Outcome:
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float = 3.0,
+    *,
+    fewest: int = 5,
+    memory: bool | Container[str] = True,
+) -> Outcome:
     """All contenders that can run on the device; only third parties may be missing.
 
-    `seconds` is what the turns of all contenders take together, as far as the fewest turns allow.
+    `seconds` is what the turns of all contenders take together, as far as the fewest turns allow. `memory`: of all
+    contenders, of none, or of these.
     """
     absent = {name: why for name, one in case.contenders.items() if (why := one.missing(device))}
     names = [name for name in case.contenders if name not in absent]
     torch._dynamo.reset()  # what was compiled for other cases is not looked through
     inputs, upstream = case.data(device)
     works = {name: case.work(name, inputs, upstream) for name in names}
+    if device.type == "cuda":
+        absent |= {name: why for name, work in works.items() if (why := _failure(case, name, work))}
+        names = [name for name in names if name not in absent]
+        works = {name: works[name] for name in names}
     errors = {name: error_of(case, work(), inputs, upstream) for name, work in works.items()}
-    peaks = {name: peak_of(case, name, works[name], device) if memory else None for name in names}
+    _remembered[:] = None, None  # of a GPU's memory the works have all
+    held = names if memory is True else memory or ()
+    peaks = {name: peak_of(case, name, works[name], device) if name in held else None for name in names}
     times = interleaved(works, device, seconds, fewest)
     return Outcome(case, {name: Found(times[name], peaks[name], errors[name]) for name in names}, absent)
+
+
+def _failure(case: Case, name: str, work: Any) -> str | None:
+    """Why a rival's first call fails: a third party's for any reason, the others' for want of memory."""
+    try:
+        work()
+    except Exception as error:
+        if name == OURS or not (case.contenders[name].needs or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        return brief(error)
+    return None
 
 
 def peak_of(case: Case, name: str, work: Any, device: torch.device) -> Peak | None:
@@ -72,7 +101,12 @@ def error_of(case: Case, result: Any, inputs: tuple[Any, ...], upstream: Tensor)
         return None
     worst = 0.0
     for ours, exact in zip(_tensors(result), _exact(case, inputs, upstream), strict=True):
-        worst = max(worst, float((ours.double() - exact).abs().max() / exact.abs().max()))
+        if ours.shape != exact.shape:
+            raise ValueError(f"{case.name}: expected a result of shape {tuple(exact.shape)}, got {tuple(ours.shape)}")
+        parts = zip(ours.reshape(-1).split(ERROR_NUMBERS), exact.reshape(-1).split(ERROR_NUMBERS), strict=True)
+        largest = torch.stack([(a.double() - b).abs().max() for a, b in parts]).max()
+        wrong = float(largest / exact.abs().max())
+        worst = max(worst, math.inf if math.isnan(wrong) else wrong)
     return worst
 
 
@@ -91,27 +125,28 @@ def _exact(case: Case, inputs: tuple[Any, ...], upstream: Tensor) -> list[Tensor
 
 
 def _of_parts(case: Case, inputs: tuple[Any, ...], upstream: Tensor) -> list[Tensor]:
-    assert case.oracle is not None
-
     def double(one: Any) -> Any:
         return one.double() if isinstance(one, Tensor) and one.is_floating_point() else one
 
     def run(inputs: tuple[Any, ...], upstream: Tensor) -> list[Tensor]:
-        inputs = tree_map(double, inputs)
-        return _tensors(run_passes(case.passes, case.oracle, inputs, upstream.double(), case.leaves))  # type: ignore[arg-type]
+        seconds = cotangents(inputs, case.leaves) if case.passes == "double backward" else []
+        doubles = tree_map(double, (inputs, upstream, seconds))
+        assert case.oracle is not None
+        return _tensors(run_passes(case.passes, case.oracle, doubles[0], doubles[1], case.leaves, doubles[2]))
 
     if not case.rows:
         return run(inputs, upstream)
     count = len(inputs[case.rows[0]])
-    parts = []
+    kept: dict[int, list[Tensor]] = {}
     for start in range(0, count, ORACLE_ROWS):
         rows = slice(start, start + ORACLE_ROWS)
         cut = tuple(one[rows] if i in case.rows else one for i, one in enumerate(inputs))
-        parts.append(run(cut, upstream[rows] if upstream.dim() else upstream))
-    if case.passes == "forward":
-        return [torch.cat(found) for found in zip(*parts, strict=True)]
-    joined = (i in case.rows for i in case.leaves)
-    return [torch.cat(p) if rows else torch.stack(p).sum(0) for p, rows in zip(zip(*parts, strict=True), joined, strict=True)]
+        for i, part in enumerate(run(cut, upstream[rows] if upstream.dim() else upstream)):
+            if i not in kept or case.passes == "forward" or case.leaves[i] in case.rows:
+                kept.setdefault(i, []).append(part)
+            else:
+                kept[i][0] = kept[i][0] + part  # a thousand gradients of a head would be 90 GB
+    return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in kept.values()]
 
 
 def as_row(outcome: Outcome, name: str, ceilings: Ceilings | None) -> dict[str, Any]:

@@ -28,6 +28,10 @@ from oodkern.benchmarks.case import Case
 RESET = "/proc/self/clear_refs"
 RESET_PEAK = "5"
 PATIENCE_SECONDS = 600
+# Of so many bytes on, glibc maps an allocation of its own and gives it back when it is freed. Left alone it raises that
+# to the largest one that was freed, up to 32 MiB: smaller ones stay on a heap then, whose holes differ from run to run
+# and add up to several times what is in use.
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 128 << 10
 
 
 class NotMeasured(RuntimeError):
@@ -83,13 +87,15 @@ def peak_on_cuda(work: Callable[[], Any], device: torch.device) -> Peak:
 def _answer(connection: Connection, threads: int, cases: Sequence[Case], name: str) -> None:
     """In the other process: the peaks of one contender, of one case after the other."""
     torch.set_num_threads(threads)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     device = torch.device("cpu")
     try:
         peaks = []
-        function = cases[0].ready(name, dynamic=len(cases) > 1)
+        several = len(cases) > 1 and cases[0].contenders[name].compiled  # once, for all sizes
+        function = cases[0].ready(name, dynamic=True) if several else None
         for case in cases:
             inputs, upstream = case.data(device)
-            peaks.append(peak_here(case.work(name, inputs, upstream, function if len(cases) > 1 else None)))
+            peaks.append(peak_here(case.work(name, inputs, upstream, function)))
             del inputs, upstream
         connection.send(peaks)
     except Exception as error:
@@ -100,7 +106,8 @@ def _answer(connection: Connection, threads: int, cases: Sequence[Case], name: s
 def _context() -> multiprocessing.context.BaseContext:
     """Processes are forks of one that has imported PyTorch and computed nothing: each begins in milliseconds, alike."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oodkern.benchmarks.memory"])
+    # The last is what torch.autograd.grad imports at its first call: a second of every process, if not here.
+    context.set_forkserver_preload(["oodkern.benchmarks.memory", "torch.fx.experimental.symbolic_shapes"])
     return context
 
 

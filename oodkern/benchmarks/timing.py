@@ -81,7 +81,7 @@ def interleaved(
     fewest: int = 5,
     most: int = 31,
 ) -> dict[str, Times]:
-    """Times of each of the works, taken in turns: as many as take about `seconds` together, between `fewest` and `most`.
+    """Times of each of the works, taken in turns: as many as take about `seconds` in all, between `fewest` and `most`.
 
     The first call of each, which compiles, loads and allocates, does not count; the second says how many calls a turn
     of it has.

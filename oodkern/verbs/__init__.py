@@ -6,5 +6,5 @@ when it runs, so that help is at hand at once.
 
 VERBS = (
     *("train", "evaluate", "score", "export", "compare", "extract", "select", "plan"),
-    *("check-data", "calibrate", "select-outliers", "doctor"),
+    *("check-data", "calibrate", "select-outliers", "bench", "doctor"),
 )
