@@ -41,12 +41,13 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "float temperature, bool for_features, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_score_foreseen(str score, Tensor features, Tensor weight, Tensor? bias, float temperature, "
-      "Tensor linear, Tensor? hinge, Tensor? margin, bool for_features, bool for_weight, bool for_bias) -> "
+      "Tensor? linear, Tensor? hinge, Tensor? margin, bool for_features, bool for_weight, bool for_bias) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_scores(Tensor features, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Room `subspace`.
   m.def("alignment(Tensor features, Tensor weight) -> Tensor");
+  m.def("alignment_foreseen(Tensor features, Tensor weight) -> (Tensor, Tensor)");
   m.def(
       "alignment_backward(Tensor grad, Tensor features, Tensor weight, bool for_features, bool for_weight) -> "
       "(Tensor, Tensor)");

@@ -24,14 +24,21 @@ struct Cosines {
 
 const Reduce kAbsolute{Reduction::kAbsSum, 1.0};
 
-Tensor alignment(const Tensor& features, const Tensor& weight) {
+// The scores and, where asked for, their gradient in the features for an upstream of ones, in the scores' dtype.
+std::tuple<Tensor, Tensor> scored(const Tensor& features, const Tensor& weight, bool with_gradient) {
   check_matrix(features, "features");
   check_same_columns(weight, "weight", features);
   const Cosines cosines(features, weight);
   const int64_t K = weight.size(0);
+  const double share = K ? 1.0 / double(K) : 0.0;
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
+  Gradient gradient{value, true};
   Workspace workspace(features);
   Walk walk(cosines.x, cosines.w);
+  if (with_gradient) {
+    gradient.result = empty_of(features, sizes_of(features), score_dtype(features));
+    walk.dx = &gradient;
+  }
   walk.plan();
   std::vector<RowState> states(walk.wave());
   walk.run(workspace, [&](const Part& part) {
@@ -39,11 +46,24 @@ Tensor alignment(const Tensor& features, const Tensor& weight) {
     cosines.scale(part);
     if (part.column == 0) tile_engine().begin(kAbsolute, part.z.rows, state);
     tile_engine().reduce(part.z, kAbsolute, state);
-    if (part.column + part.z.columns < K) return;
-    void* out = static_cast<char*>(value.mutable_data_ptr()) + part.row * int64_t(value.element_size());
-    tile_engine().finish(cosines.wide, kAbsolute, part.z.rows, state, K ? 1.0 / double(K) : 0.0, out);
+    if (part.column + part.z.columns == K) {
+      void* out = static_cast<char*>(value.mutable_data_ptr()) + part.row * int64_t(value.element_size());
+      tile_engine().finish(cosines.wide, kAbsolute, part.z.rows, state, share, out);
+    }
+    if (!with_gradient) return;
+    const auto scale = reals(cosines.wide, part.z.rows, [&](int64_t) { return share; });
+    tile_engine().slope(part.z, kAbsolute, scale.data(), scale.data());
+    cosines.scale(part);
   });
-  return value;
+  return {value, gradient.result};
+}
+
+Tensor alignment(const Tensor& features, const Tensor& weight) {
+  return std::get<0>(scored(features, weight, false));
+}
+
+std::tuple<Tensor, Tensor> alignment_foreseen(const Tensor& features, const Tensor& weight) {
+  return scored(features, weight, true);
 }
 
 std::tuple<Tensor, Tensor> alignment_backward(const Tensor& grad, const Tensor& features, const Tensor& weight,
@@ -75,5 +95,6 @@ std::tuple<Tensor, Tensor> alignment_backward(const Tensor& grad, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
   m.impl("alignment", TORCH_BOX(&oodkern::alignment));
+  m.impl("alignment_foreseen", TORCH_BOX(&oodkern::alignment_foreseen));
   m.impl("alignment_backward", TORCH_BOX(&oodkern::alignment_backward));
 }

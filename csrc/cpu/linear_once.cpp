@@ -1,5 +1,7 @@
 // Room `linear_energy` on the CPU, what one pass over the logits gives: five scores, or a score and its gradients.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "linear_head.h"
 
@@ -46,31 +48,85 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_scores(const Tensor& f
   return {energy, joint, largest, argmax, msp};
 }
 
+// A wave of long bfloat16 rows leaves its slopes in the memory of the weight's gradient: those of a slice of S classes
+// [N, S] are read before its rows [S, D] are written, and fit where N <= D.
+bool fits_in_gradient(const Walk& walk) {
+  return walk.x.read() == Storage::kBFloat16 && walk.one_wave() && walk.x.rows() <= walk.x.columns();
+}
+void through_gradient(const Kind& kind, LinearHead& head, Walk& walk, const Tensor& gradient, const Tensor& value,
+                      const Tensor& upstream, const std::function<void()>& foresee) {
+  const TileEngine& engine = tile_engine();
+  const int64_t N = head.x.rows(), D = head.x.columns(), K = head.w.rows();
+  const auto rows_of = [&](const Part& part, auto&& body) {
+    for (int64_t i = 0; i < part.z.rows; ++i) {
+      body(static_cast<float*>(part.z.z) + i * part.z.stride,
+           real_at(gradient, part.column * D + (part.row + i) * part.z.columns));
+    }
+  };
+  // What each row has come to after each slice, of which its slopes are first taken.
+  std::vector<float> totals((K / walk.slice() + 1) * N);
+  const auto totals_of = [&](const Part& part) { return totals.data() + part.column / walk.slice() * N + part.row; };
+  const std::vector<float> ones(walk.wave(), 1.0f);
+  std::vector<RowState> states(walk.wave());
+  Walk first = walk;
+  first.dx = first.dw = nullptr, first.column_sum = nullptr;
+  Workspace workspace(value);
+  first.run(workspace, [&](const Part& part) {
+    RowState* state = states.data() + part.wave_row;
+    float* total = totals_of(part);
+    if (part.column == 0) engine.begin(kind.reduce, part.z.rows, state);
+    engine.reduce(part.z, kind.reduce, state);
+    engine.finish(false, kind.reduce, part.z.rows, state, kind.sign, real_at(value, part.row));
+    engine.finish(false, kind.reduce, part.z.rows, state, 1.0, total);
+    // Of logits that are all -inf as yet there is nothing, and no difference to be taken.
+    for (int64_t i = 0; i < part.z.rows; ++i) total[i] = std::max(total[i], std::numeric_limits<float>::lowest());
+    engine.slope(part.z, kind.reduce, total, ones.data());
+    rows_of(part, [&](float* z, void* slopes) { engine.narrow(Storage::kBFloat16, z, part.z.columns, slopes); });
+  });
+  foresee();
+  const Column wholes = as_column(value), grads = as_column(upstream);
+  walk.given = true;
+  walk.run(head.workspace, [&](const Part& part) {
+    rows_of(part, [&](float* z, void* slopes) { engine.widen(Storage::kBFloat16, slopes, part.z.columns, z); });
+    // What a row came to later lowers all slopes of the energy by one factor.
+    const auto scale = reals(false, part.z.rows, [&](int64_t i) {
+      const double g = kind.sign * real_of(false, grads.data(), part.row + i);
+      if (kind.reduce.reduction != Reduction::kLogSumExp) return g;
+      const double whole = kind.sign * real_of(false, wholes.data(), part.row + i);
+      return g * std::exp((totals_of(part)[i] - whole) / kind.reduce.temperature);
+    });
+    engine.affine(part.z, scale.data(), nullptr, nullptr);
+  });
+}
+
 // The gradients of sum_i linear_i S_i + |hinge_i| relu(+-(S_i - margin_i))^2, with the sign of hinge_i, beside the
 // scores S: the upstream of a row is known as soon as its score is, so that its logits are formed once. Where rows of
-// them are too long to be held, the scores alone.
+// them are too long to be held, the scores alone. Without `linear` it is that of sum_i S_i in the features, in the
+// scores' dtype, since it is yet to be multiplied by an upstream.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
     std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
-    double temperature, const Tensor& linear, const std::optional<Tensor>& hinge, const std::optional<Tensor>& margin,
-    bool for_features, bool for_weight, bool for_bias) {
+    double temperature, const std::optional<Tensor>& linear, const std::optional<Tensor>& hinge,
+    const std::optional<Tensor>& margin, bool for_features, bool for_weight, bool for_bias) {
   check_head(features, weight, bias);
-  check_per_row(linear, "linear", features);
+  STD_TORCH_CHECK(linear || !(hinge || for_weight || for_bias), "linear: expected one, but for the features alone");
+  if (linear) check_per_row(*linear, "linear", features);
   STD_TORCH_CHECK(hinge.has_value() == margin.has_value(), "margin: expected with hinge, and only then");
   if (hinge) check_per_row(*hinge, "hinge", features);
   if (margin) check_per_row(*margin, "margin", features);
   const Kind kind = kind_of(score, temperature);
   LinearHead head(features, weight, bias);
-  Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
+  Wanted wanted(features, weight, for_features && linear, for_weight, for_bias && bias);
+  if (!linear && for_features) wanted.features.result = empty_of(features, sizes_of(features), score_dtype(features));
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
   Tensor upstream = empty_of(features, {features.size(0)}, score_dtype(features));
-  const Column slopes = as_column(linear), hinges = as_column(hinge ? *hinge : linear),
-               margins = as_column(margin ? *margin : linear), values = as_column(value);
+  const Column slopes = as_column(linear ? *linear : value), hinges = as_column(hinge ? *hinge : value),
+               margins = as_column(margin ? *margin : value), values = as_column(value);
   const auto number = [&](const Column& column, int64_t i) {
     return real_of(head.wide, column.data(), i * column.stride);
   };
   const auto foresee = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      double g = number(slopes, i);
+      double g = linear ? number(slopes, i) : 1.0;
       if (hinge) {
         const double h = number(hinges, i), off = number(values, i) - number(margins, i);
         if (h != 0 && !(h * off <= 0)) g += 2 * std::fabs(h) * off;
@@ -83,13 +139,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_score_foreseen(
   walk.prefers_whole_rows = true;
   wanted.into(walk, for_features, for_weight);
   walk.plan();
-  if (!walk.whole_rows()) {
+  if (!walk.whole_rows() && !(for_weight && fits_in_gradient(walk))) {
     const Tensor nothing = empty_of(features, {0}, score_dtype(features));
     return {linear_score(score, features, weight, bias, temperature), nothing, nothing, nothing, nothing};
   }
   std::vector<RowState> states(walk.wave());
+  const TileEngine& engine = tile_engine();
+  if (!walk.whole_rows()) {
+    through_gradient(kind, head, walk, wanted.weight.result, value, upstream, [&] { foresee(0, features.size(0)); });
+    wanted.finish_bias(head.wide);
+    return {value, upstream, wanted.features.result, wanted.weight.result, wanted.bias};
+  }
   walk.run(head.workspace, [&](const Part& part) {
-    const TileEngine& engine = tile_engine();
     RowState* state = states.data() + part.wave_row;
     engine.begin(kind.reduce, part.z.rows, state);
     engine.reduce(part.z, kind.reduce, state);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "pages.h"
+
 namespace oodkern {
 namespace {
 
@@ -78,6 +80,11 @@ void Walk::plan() {
 
 void Walk::allocate(Workspace& workspace) {
   const int64_t D = x.columns(), K = w.rows(), tile = wave_ * stride_;
+  for (Gradient* gradient : {dx, dw}) {
+    if (!gradient) continue;
+    const Tensor& result = gradient->result;
+    prefer_large_pages(result.mutable_data_ptr(), result.numel() * int64_t(result.element_size()));
+  }
   z_ = workspace.take(tile * real());
   if (second) t_ = workspace.take(tile * real());
   if (narrowed()) {
@@ -132,7 +139,7 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
   const auto of_slice = [&](const void* row) { return row ? at(row, p.column * real()) : nullptr; };
   void* const z = at(z_, first * stride_ * real());
   void* const t = second ? at(t_, first * stride_ * real()) : nullptr;
-  multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, of_slice(bias)});
+  if (!given) multiply({x.read(), false, true, count, p.columns, D, xs, ws, z, stride_, false, of_slice(bias)});
   Matrix vs{}, us{};
   if (second) {
     if (v) {

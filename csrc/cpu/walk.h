@@ -65,11 +65,14 @@ class Walk {
   // Rather all classes at once and fewer rows, where that is not too few and all sums fit.
   bool prefers_whole_rows = false;
   double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
+  bool given = false;            // on_rows fills z, which is no product then
 
   // Sizes of tiles, from what was set above.
   void plan();
   int64_t wave() const { return wave_; }                  // rows: what a row has come to is kept for so many
+  int64_t slice() const { return slice_; }                // classes
   bool whole_rows() const { return slice_ >= w.rows(); }  // a tile has all classes
+  bool one_wave() const { return wave_ >= x.rows(); }     // a tile has all rows
 
   // `on_rows` is called by one thread a part; `on_columns` afterwards, with all rows of the wave and some columns.
   using Visit = std::function<void(const Part&)>;

@@ -157,11 +157,12 @@ def _fake_scores(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
 
 
 def _fake_foreseen(
-    score: str, features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, linear: Tensor,
+    score: str, features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, linear: Tensor | None,
     hinge: Tensor | None, margin: Tensor | None, *wanted: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     value = _fake_score(score, features)
-    return value, value.clone(), *_fake_gradient(score, value, features, weight, bias, value, temperature, *wanted)
+    gradient, *others = _fake_gradient(score, value, features, weight, bias, value, temperature, *wanted)
+    return value, value.clone(), gradient if linear is not None else gradient.to(value.dtype), *others
 
 
 register_fake("linear_score", _fake_score)

@@ -13,8 +13,8 @@ from torch import Tensor
 from oodkern import reference
 from oodkern.backends import backend_for
 from oodkern.ops._checks import check_temperature
-from oodkern.ops._foreseen import ForeseenScore, Upstream, can_foresee
-from oodkern.ops._linear_score import LinearScore
+from oodkern.ops._foreseen import ForeseenScore, Passes, Upstream, WaitingScore, can_foresee, can_wait
+from oodkern.ops._linear_score import LinearScore, LinearScoreGradient
 from oodkern.ops._product import autocast, check_head, mixed_backend, raw
 
 
@@ -45,7 +45,7 @@ def linear_energy(
         temperature: T > 0, in units of the logits.
         upstream: what the gradient that comes back will be, where the caller can tell (see `Upstream`): on the CPU
             gradients are then formed with the energies and held until the backward pass, of three products instead of
-            four, where rows of logits fit into what is held.
+            four, where rows of logits fit into what is held, or their bfloat16 slopes into the weight's gradient.
 
     Returns:
         [N], in units of the logits; float32 (float64 for float64 features), also under autocast, and with logits
@@ -55,8 +55,11 @@ def linear_energy(
     what they are of and are accumulated in float32 at least (of slopes that are rounded to bfloat16 where processors
     multiply that, and to 16 bits on GPUs). Beyond arguments, results and gradients it holds at most 16 MiB on the CPU,
     where matrices without dense rows are copied first, and on a GPU a wave of slopes (mostly 30 MB) and the float32
-    sums of the weight's gradient, whatever N. Raises TypeError or ValueError for an argument of the wrong kind or
-    shape.
+    sums of the weight's gradient, whatever N. On the CPU, where weight and bias need no gradient, that of the features
+    is formed with the energies (of 16-bit features from 128 classes on) and waits for its upstream, [N, D] in the dtype
+    of the energies: two products instead of three, of which `torch.no_grad` saves one where no backward pass is to
+    come. A second backward pass and a second derivative form it anew. Raises TypeError or ValueError for an argument of
+    the wrong kind or shape.
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """
@@ -118,4 +121,19 @@ def _linear_score(
     if upstream is not None and can_foresee(backend, features, weight, bias):
         needs = [tensor is not None and tensor.requires_grad for tensor in (features, weight, bias)]
         return ForeseenScore.apply(score, features, weight, bias, temperature, *upstream.detached(), *needs)[0]
+    if can_wait(backend, features, weight, bias):
+        return WaitingScore.apply(_passes(score, temperature), features, weight, bias)[0]
     return LinearScore.apply(backend, score, features, weight, bias, temperature)
+
+
+def _passes(score: str, temperature: float) -> Passes:
+    def first(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        made = raw(
+            "native", "linear_score_foreseen", score, *tensors, temperature, None, None, None, True, False, False
+        )
+        return made[0], made[2]
+
+    def gradient(grad: Tensor, value: Tensor, *tensors: Tensor | None) -> Tensor:
+        return LinearScoreGradient.apply("native", score, grad, *tensors, value, temperature, True, False, False)[0]
+
+    return Passes(first, gradient)
