@@ -96,19 +96,23 @@ def build_info(compiler: str, torch: Torch, cuda: Cuda) -> str:
 def ninja_file(compiler: list[str], cuda: Cuda, python_module: str, made_with: str = "") -> str:
     """The whole build as text. Paths are relative to the build folder, or system-wide.
 
-    `made_with` names the versions of compilers and PyTorch, whose files ninja does not watch: another one rebuilds.
+    `made_with` names the versions of compiler and PyTorch, whose files ninja does not watch: another one rebuilds, and
+    another CUDA what nvcc compiles.
     """
     csrc = os.path.relpath(SOURCES, build_folder())
     python = sysconfig.get_path("include")
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
-    fingerprint = f"-DOODKERN_MADE_WITH={zlib.crc32(made_with.encode()):#x}"
+
+    def fingerprint(words: str) -> str:
+        return f"-DOODKERN_MADE_WITH={zlib.crc32(words.encode()):#x}"
+
     if len(INSTRUCTION_SETS) > 1:
         defines.append("-DOODKERN_X86_64")
     # -isystem keeps the headers of PyTorch and Python out of the dependency files: pip gives them new dates.
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {shlex.join(compiler)}",
-        f"flags = {shlex.join([*COMMON_FLAGS, fingerprint])}",
+        f"flags = {shlex.join([*COMMON_FLAGS, fingerprint(made_with)])}",
         f"torch = -isystem deps/torch/include {shlex.join(defines)}",
         # --no-as-needed: PyTorch is loaded with local symbols, so the libraries must be named even where the
         # linker thinks that they are not needed.
@@ -137,7 +141,13 @@ def ninja_file(compiler: list[str], cuda: Cuda, python_module: str, made_with: s
     targets = ["_cpu.so", python_module]
 
     if cuda.nvcc:
-        flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", fingerprint]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            fingerprint(f"{made_with}; {cuda.version}"),
+        ]
         flags += [flag for architecture in cuda.architectures for flag in gencode(architecture)]
         lines += [
             f"nvcc = {shlex.quote(cuda.nvcc)}",
@@ -200,7 +210,7 @@ def build(destination: Path) -> list[Path]:
     link(folder / "deps" / "torch", torch.path)
     link(folder / "deps" / "pybind11", Path(pybind11.get_include()))
     write_if_changed(folder / "build_info.h", build_info(version, torch, cuda))
-    made_with = f"{version}; {torch.version}; {cuda.version}"
+    made_with = f"{version}; {torch.version}"
     write_if_changed(folder / "build.ninja", ninja_file(compiler, cuda, python_module, made_with))
     run_ninja(folder)
 

@@ -1,5 +1,6 @@
 """The decisions of the build, as functions of what it finds."""
 
+import re
 from pathlib import Path
 
 import backend
@@ -135,6 +136,18 @@ def test_another_compiler_or_torch_rebuilds():
 
     assert commands("g++ 12; 2.13.0") == commands("g++ 12; 2.13.0")
     assert len({commands("g++ 12; 2.13.0"), commands("g++ 13; 2.13.0"), commands("g++ 12; 2.15.0")}) == 3
+
+
+def test_another_cuda_compiles_its_own_kernels_alone():
+    """The CPU's objects are the same with any CUDA, or none: a switch of builds of PyTorch does not compile them anew."""
+
+    def commands(cuda):
+        text = native_build.ninja_file(["g++"], cuda, "_build.so", "g++ 12; 2.13.0")
+        return {line.split(" = ")[0]: line for line in text.splitlines() if re.match(r"(cuda_)?flags = ", line)}
+
+    old, new = (commands(toolchain.Cuda("/opt/nvcc", version, ("8.0",))) for version in ("13.0", "13.1"))
+    assert old["flags"] == new["flags"] == commands(toolchain.Cuda())["flags"]
+    assert old["cuda_flags"] != new["cuda_flags"]
 
 
 def test_no_flag_that_flushes_denormals():
