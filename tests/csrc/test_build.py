@@ -139,7 +139,7 @@ def test_another_compiler_or_torch_rebuilds():
 
 
 def test_another_cuda_compiles_its_own_kernels_alone():
-    """The CPU's objects are the same with any CUDA, or none: a switch of builds of PyTorch does not compile them anew."""
+    """The CPU's objects are the same with any CUDA, or none: another build of PyTorch does not compile them anew."""
 
     def commands(cuda):
         text = native_build.ninja_file(["g++"], cuda, "_build.so", "g++ 12; 2.13.0")
