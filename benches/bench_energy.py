@@ -16,6 +16,7 @@ CASES = [
     for op in ("energy", "joint_energy")
     for passes in ("forward", "backward")
     for dtype in ("float32", "bfloat16")
+    if (op, dtype) != ("joint_energy", "bfloat16")
 ]
 GPU = [
     score(op=op, N=1_048_576, K=1_000, dtype="bfloat16", passes=passes)

@@ -163,9 +163,9 @@ def sizes_of(images, width):
 
 
 def check_selected(parts, options):
-    """Half of each side: within three deviations of a fair coin's share."""
+    """Half of each side, within three deviations: margins are medians of as many images as a batch has."""
     for side, count in (("selected_in", options.batch_size), ("selected_out", options.outlier_batch_size)):
-        assert abs(parts.get(side, 0.5) - 0.5) < 1.5 * count**-0.5, (side, parts)
+        assert abs(parts.get(side, 0.5) - 0.5) < 1.5 * (2 / count) ** 0.5, (side, parts)
 
 
 def of_stage(name, steps):

@@ -18,12 +18,16 @@ from oodkern.benchmarks.table import outcome_lines  # noqa: E402
 
 OUTCOMES = {}
 GROWTHS = {}
-MOST_SECONDS = 30.0
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("oodkern")
-    group.addoption("--seconds", type=float, default=2.0, help="that the turns of a case take together (default 2)")
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="that the turns of a case take together, five turns at least (default 1)",
+    )
     group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--save", action="store_true", help="keep the run in benches/results/MACHINE/DATE-COMMIT.json")
     group.addoption(

@@ -106,8 +106,9 @@ def _answer(connection: Connection, threads: int, cases: Sequence[Case], name: s
 def _context() -> multiprocessing.context.BaseContext:
     """Processes are forks of one that has imported PyTorch and computed nothing: each begins in milliseconds, alike."""
     context = multiprocessing.get_context("forkserver")
-    # The last is what torch.autograd.grad imports at its first call: a second of every process, if not here.
-    context.set_forkserver_preload(["oodkern.benchmarks.memory", "torch.fx.experimental.symbolic_shapes"])
+    # What torch.autograd.grad and torch.compile import at their first calls: 7 s of every process, if not here.
+    imported = ("torch.fx.experimental.symbolic_shapes", "torch._inductor.compile_fx")
+    context.set_forkserver_preload(["oodkern.benchmarks.memory", *imported])
     return context
 
 
