@@ -97,6 +97,6 @@ def rounds(*, sets: int, N: int, D: int, target: float | None = None) -> Case:
 
 
 # A step's candidates, and a larger choice of wider features.
-CASES = [rounds(sets=10, N=384, D=64, target=5), rounds(sets=2, N=1_230, D=512, target=5)]
+CASES = [rounds(sets=10, N=384, D=64, target=5), rounds(sets=1, N=1_230, D=512, target=5)]
 
 test_rounds = contests(CASES)

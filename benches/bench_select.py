@@ -19,7 +19,8 @@ GPU = [
 GROWTH = [
     Sweep(top_k(N=2_500_000, k=1_000), "N", (25_000, 75_000, 250_000, 750_000, 2_500_000)),
     Sweep(nearest_center(N=N, D=D, K=K, dtype="float32"), "N", (150, 500, 1_500, 5_000, 15_000)),
-    Sweep(nearest_center(N=2_048, D=D, K=K, dtype="float32"), "K", (20, 60, 200, 600, 2_000)),
+    # From these sizes on, tiles are full.
+    Sweep(nearest_center(N=256, D=64, K=K, dtype="float32"), "K", (1_000, 3_000, 10_000, 30_000, 100_000)),
 ]
 
 test_select = contests(CASES)

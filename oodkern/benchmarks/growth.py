@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from oodkern.benchmarks.case import Case
-from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of
+from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of_all
 from oodkern.benchmarks.timing import Times, interleaved
 
 FLOOR_BYTES = 1 << 20  # less is noise of the allocator
@@ -77,7 +77,7 @@ def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
 
 
 def measure_growth(
-    sweep: Sweep, device: torch.device, seconds: float = 0.5, *, fewest: int = 3, memory: bool = True
+    sweep: Sweep, device: torch.device, seconds: float = 0.25, *, fewest: int = 3, memory: bool = True
 ) -> dict[str, Growth]:
     """Every contender that is no third party's, at every value, in turns. torch.compile compiles once for all sizes."""
     cases = sweep.cases
@@ -96,7 +96,7 @@ def measure_growth(
                 peaks[name].append(peak_on_cuda(work, device))
     if memory and device.type != "cuda":
         with contextlib.suppress(NotMeasured):
-            peaks = {name: peaks_of(cases, name) for name in names}
+            peaks = peaks_of_all(cases, names)
     return {
         name: Growth(sweep.values, tuple(times[name]), tuple(peaks[name]) if peaks[name] else None) for name in names
     }

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from oodkern._errors import brief
 from oodkern.benchmarks.case import OURS, Case, cotangents, run_passes
 from oodkern.benchmarks.machine import Ceilings
-from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of
+from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of_all
 from oodkern.benchmarks.timing import Times, interleaved
 
 ORACLE_ROWS = 4_096  # float64 temporaries of so many at a time
@@ -68,9 +68,9 @@ def measure(
     errors = {name: error_of(case, work(), inputs, upstream) for name, work in works.items()}
     _remembered[:] = None, None  # of a GPU's memory the works have all
     held = names if memory is True else memory or ()
-    peaks = {name: peak_of(case, name, works[name], device) if name in held else None for name in names}
+    held_at_most = peaks(case, {name: works[name] for name in names if name in held}, device)
     times = interleaved(works, device, seconds, fewest)
-    return Outcome(case, {name: Found(times[name], peaks[name], errors[name]) for name in names}, absent)
+    return Outcome(case, {name: Found(times[name], held_at_most.get(name), errors[name]) for name in names}, absent)
 
 
 def _failure(case: Case, name: str, work: Any) -> str | None:
@@ -84,14 +84,14 @@ def _failure(case: Case, name: str, work: Any) -> str | None:
     return None
 
 
-def peak_of(case: Case, name: str, work: Any, device: torch.device) -> Peak | None:
-    """None where the system cannot tell."""
+def peaks(case: Case, works: dict[str, Any], device: torch.device) -> dict[str, Peak]:
+    """Of all of these; none where the system cannot tell."""
     if device.type == "cuda":
-        return peak_on_cuda(work, device)
+        return {name: peak_on_cuda(work, device) for name, work in works.items()}
     try:
-        return peaks_of([case], name)[0]
+        return {name: found for name, (found,) in peaks_of_all([case], list(works)).items()}
     except NotMeasured:
-        return None
+        return {}
 
 
 def error_of(case: Case, result: Any, inputs: tuple[Any, ...], upstream: Tensor) -> float | None:
