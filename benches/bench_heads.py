@@ -12,8 +12,8 @@ CASES = [
 ]
 GPU = [head(op=op, N=N, K=K, dtype="bfloat16") for op in HEADS for N, K in ((65_536, 1_000), (4_096, 21_841))]
 GROWTH = [
-    Sweep(head(N=10_000, K=1_000, dtype="float32"), "N", (30, 100, 300, 1_000, 3_000)),
-    Sweep(head(N=128, K=30_000, dtype="float32"), "K", (300, 1_000, 3_000, 10_000, 30_000)),
+    Sweep(head(N=10_000, K=1_000, dtype="float32"), "N", (10, 30, 100, 300, 1_000)),
+    Sweep(head(N=64, K=30_000, dtype="float32"), "K", (300, 1_000, 3_000, 10_000, 30_000)),
 ]
 
 test_heads = contests(CASES)
