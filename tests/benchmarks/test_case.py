@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks.planted import scores
 
-from oodkern.benchmarks.case import OURS, Contender, run_passes
+from oodkern.benchmarks.case import OURS, Contender, cotangents, run_passes
 from oodkern.benchmarks.machine import Ceilings
 from oodkern.benchmarks.measure import ORACLE_ROWS, _of_parts, as_row, error_of, measure
 from oodkern.benchmarks.rooms.energy import score
@@ -63,7 +63,7 @@ def test_passes(passes):
     def function(x):
         return (x**3).sum(-1)
 
-    found = run_passes(passes, function, (x,), upstream, (0,))
+    found = run_passes(passes, function, (x,), upstream, (0,), cotangents((x,), (0,)))
     gradient = 3 * x**2 * upstream[:, None]
     expected = {"backward": gradient, "double backward": 6 * x * upstream[:, None] * x.cos()}.get(passes, function(x))
     torch.testing.assert_close(found if isinstance(found, torch.Tensor) else found[0], expected)
