@@ -1,5 +1,4 @@
 import sys
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benches")]
 
 from runner import EXPONENT_SLACK, check_error, check_memory, replay, smoke, without_compiled  # noqa: E402
+from stored import new_path  # noqa: E402
 
 from oodkern.benchmarks.case import OURS  # noqa: E402
 from oodkern.benchmarks.growth import measure_growth  # noqa: E402
@@ -41,7 +41,7 @@ def pytest_configure(config):
     if config.getoption("--save") and not config.option.benchmark_json:
         folder = ROOT / "benches" / "results" / machine_name(config.machine)
         folder.mkdir(parents=True, exist_ok=True)
-        config.saved = folder / f"{date.today().isoformat()}-{config.machine['commit']}.json"
+        config.saved = new_path(folder, config.machine["commit"])
         config.option.benchmark_json = str(config.saved.with_suffix(".part"))
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from datetime import date, datetime, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest_benchmark
 from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info
 from runner import row_id
-from stored import Group, read_run
+from stored import Group, new_path, read_run
 
 from oodkern._files import write_json
 from oodkern.benchmarks.case import COMPILED, Case
@@ -42,9 +41,7 @@ class Kept:
 
     def __init__(self, out: Path, revision: str | None, unread: dict[str, str], suite: dict[str, Any]):
         self.revision = revision or commit() or "no-commit"
-        stem = f"{date.today().isoformat()}-{self.revision}"
-        names = (f"{stem}{f'-{i}' if i > 1 else ''}.json" for i in range(1, sys.maxsize))
-        self.path = next(out / name for name in names if not (out / name).exists())  # no earlier run is lost
+        self.path = new_path(out, self.revision)
         about = get_commit_info()
         self.all: dict[str, Any] = {
             "machine_info": {},

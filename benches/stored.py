@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,13 @@ def _of(kind: type, stored: Mapping[str, Any]) -> Any:
 def _more(info: Mapping[str, Any]) -> dict[str, float]:
     known = {*(one.name for one in fields(Row)), "result_bytes", "least_seconds"}
     return {name: one for name, one in info.items() if name.endswith(("_seconds", "_bytes")) and name not in known}
+
+
+def new_path(folder: Path, commit: str | None) -> Path:
+    """DATE-COMMIT.json of today, with a number behind it where there is one: no earlier run is lost."""
+    stem = f"{date.today().isoformat()}-{commit or 'no-commit'}"
+    names = (f"{stem}{f'-{i}' if i > 1 else ''}.json" for i in itertools.count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def newest_runs(folder: Path) -> dict[str, Run]:

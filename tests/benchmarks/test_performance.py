@@ -9,6 +9,7 @@ from PIL import Image
 from stored_runs import PAGE, PLOT, ROWS, change, growth, run_of
 
 from benches.report import main
+from benches.stored import new_path
 
 
 @pytest.fixture
@@ -124,6 +125,19 @@ def test_markers_that_are_none(tmp_path, capsys, text, words):
     assert main([], tmp_path) == 2
     assert words in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_run_takes_the_name_of_no_other(tmp_path):
+    first = new_path(tmp_path, "abc")
+    first.touch()
+    second = new_path(tmp_path, "abc")
+    second.touch()
+    assert [first.name[10:], second.name[10:], new_path(tmp_path, "abc").name[10:]] == [
+        "-abc.json",
+        "-abc-2.json",
+        "-abc-3.json",
+    ]
+    assert new_path(tmp_path, None).name[10:] == "-no-commit.json"
 
 
 def test_help_has_an_example(capsys):
