@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "pages.h"
 #include "walk.h"
 
 namespace oodkern {
@@ -29,28 +30,48 @@ class Subspace {
   }
 
   // Gradients of sum_n g_in inside + g_out outside: dX = U q + 2 g_out R and dU = sum x q^T + R h^T, with
-  // q = 2 g_in y - 2 g_out s and h = -2 g_out y.
+  // q = 2 g_in y - 2 g_out s and h = -2 g_out y. Since R = x - U y, dX = 2 g_out x + U (q + h); and s = (I - U^T U) y,
+  // so that features alone take two products with U.
   void backward(const Column& g_in, const Column& g_out, const Tensor* dx, const Tensor* du) {
-    plan(2, 3, du ? sums_bytes(*du) : 0);
-    Real *y = block(r), *q = block(r), *h = block(r), *R = block(D), *out = block(D);
+    const bool in_place = dx && storage_of(*dx) == kReal;
+    plan((dx && !in_place ? 1 : 0) + (du ? 1 : 0), du ? 3 : 2,
+         (du ? sums_bytes(*du) : 0) + r * r * int64_t(sizeof(Real)));
+    Real *y = block(r), *q = block(r), *h = du ? block(r) : nullptr, *R = du ? block(D) : nullptr;
+    Real* rounded = dx && !in_place ? block(D) : nullptr;
     Real* sums = du ? sums_of(*du) : nullptr;
+    const std::vector<Real> gap = complement();
+    if (in_place) prefer_large_pages(dx->mutable_data_ptr(), N * D * int64_t(sizeof(Real)));
     in_waves(
         [&](const Wave& w) {
-          project(w, y, R);
-          multiply({kReal, false, false, w.count, r, D, rows(R, D, w), basis(), q + w.first * r, r_stride(), false});
+          const Matrix x = du ? project(w, y, R) : onto(w, y);
+          multiply({kReal,
+                    false,
+                    false,
+                    w.count,
+                    r,
+                    r,
+                    rows(y, r, w),
+                    {gap.data(), r_stride()},
+                    q + w.first * r,
+                    r_stride(),
+                    false});
           for (int64_t i = w.first; i < w.first + w.count; ++i) {
             const Real a = 2 * number(g_in, w.row + i), b = 2 * number(g_out, w.row + i);
             for (int64_t j = i * r; j < (i + 1) * r; ++j) {
               q[j] = a * y[j] - b * q[j];
-              h[j] = -b * y[j];
+              y[j] *= -b;
+              if (h) h[j] = y[j];
+              y[j] += q[j];
             }
           }
           if (!dx) return;
-          multiply({kReal, false, true, w.count, D, r, rows(q, r, w), basis(), out + w.first * D, D_stride(), false});
+          Real* out = in_place ? static_cast<Real*>(dx->mutable_data_ptr()) + w.row * D : rounded;
+          multiply({kReal, false, true, w.count, D, r, rows(y, r, w), basis(), out + w.first * D, D_stride(), false});
           for (int64_t i = w.first; i < w.first + w.count; ++i) {
             const Real b = 2 * number(g_out, w.row + i);
-            for (int64_t d = i * D; d < (i + 1) * D; ++d) out[d] += b * R[d];
-            write(*dx, w.row + i, out + i * D);
+            const Real* own = static_cast<const Real*>(x.data) + (i - w.first) * x.stride;
+            for (int64_t d = 0; d < D; ++d) out[i * D + d] += b * own[d];
+            if (!in_place) write(*dx, w.row + i, out + i * D);
           }
         },
         [&](const Wave& w, int64_t from, int64_t to) {
@@ -175,10 +196,30 @@ class Subspace {
     }
   }
 
-  // y = x U and R = x - y U^T; returns the rows of x.
-  Matrix project(const Wave& w, Real* y, Real* R) const {
+  // I - U^T U, [r, r]. Summed in double, some features at a time: what is left of the subtraction is rounding.
+  std::vector<Real> complement() const {
+    constexpr int64_t kAtOnce = 64;
+    std::vector<double> sums(r * r);
+    std::vector<Real> part(r * r);
+    for (int64_t d = 0; d < D; d += kAtOnce) {
+      const Matrix some{static_cast<const Real*>(basis().data) + d * basis().stride, basis().stride};
+      multiply({kReal, true, false, r, r, std::min(kAtOnce, D - d), some, some, part.data(), r_stride(), false});
+      for (int64_t i = 0; i < r * r; ++i) sums[i] += part[i];
+    }
+    for (int64_t i = 0; i < r * r; ++i) part[i] = Real((i % (r + 1) == 0) - sums[i]);
+    return part;
+  }
+
+  // y = x U; returns the rows of x.
+  Matrix onto(const Wave& w, Real* y) const {
     const Matrix x = x_.block(w.row + w.first, w.count, x_buffer_ ? x_buffer_ + w.first * D : nullptr);
     multiply({kReal, false, false, w.count, r, D, x, basis(), y + w.first * r, r_stride(), false});
+    return x;
+  }
+
+  // y = x U and R = x - y U^T; returns the rows of x.
+  Matrix project(const Wave& w, Real* y, Real* R) const {
+    const Matrix x = onto(w, y);
     multiply({kReal, false, true, w.count, D, r, rows(y, r, w), basis(), R + w.first * D, D_stride(), false});
     for (int64_t i = 0; i < w.count; ++i) {
       const Real* own = static_cast<const Real*>(x.data) + i * x.stride;

@@ -32,7 +32,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        # The package's own word knows the build, such as +cpu; an installed one's number may not.
+        "versions": {**{name: _version(name) for name in PACKAGES}, "torch": torch.__version__},
         "commit": commit(),
     }
     if device.type == "cuda":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import check_tensor, score_dtype
 from oodkern.ops._linear_score import LinearScoreGradient
 from oodkern.ops._product import check_beside, raw, wanted
@@ -161,7 +162,7 @@ class ForeseenScore(torch.autograd.Function):
                 return (None, *wanted(scaled, needs), *nothing[4:])
         del gradients
         tensors = (grad, features, weight, bias, value.detach(), ctx.temperature)
-        formed = LinearScoreGradient.apply("native", ctx.score, *tensors, *needs)
+        formed = apply(LinearScoreGradient, "native", ctx.score, *tensors, *needs)
         return (None, *wanted(formed, needs), *nothing[4:])
 
 

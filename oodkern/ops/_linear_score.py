@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import score_dtype
 from oodkern.ops._product import gradient_like, no_third, one_by_one, raw, register_fake, rows_folded, wanted
 
@@ -40,7 +41,7 @@ class LinearScore(torch.autograd.Function):
         features, weight, bias, value = ctx.saved_tensors
         # The derivatives of the gradient include the path through the value; attached, it would be gone along again.
         tensors = (grad, features, weight, bias, value.detach(), ctx.temperature)
-        gradients = LinearScoreGradient.apply(ctx.backend, ctx.score, *tensors, needs[0], needs[1], needs[2])
+        gradients = apply(LinearScoreGradient, ctx.backend, ctx.score, *tensors, needs[0], needs[1], needs[2])
         return None, None, *wanted(gradients, needs), None
 
     @staticmethod
@@ -79,8 +80,16 @@ class LinearScoreGradient(torch.autograd.Function):
         if all(t is None for t in given):
             return (None,) * 11
         needs = ctx.needs_input_grad[3:6]
-        grad, *rest = LinearScoreCurvature.apply(
-            ctx.backend, ctx.score, *given, *ctx.saved_tensors, ctx.temperature, needs[0], needs[1], needs[2]
+        grad, *rest = apply(
+            LinearScoreCurvature,
+            ctx.backend,
+            ctx.score,
+            *given,
+            *ctx.saved_tensors,
+            ctx.temperature,
+            needs[0],
+            needs[1],
+            needs[2],
         )
         return None, None, grad, *wanted(rest, needs), None, None, None, None, None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import score_dtype
 from oodkern.ops._product import (
     check_beside,
@@ -68,7 +69,7 @@ def club(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
     backend = backend_for("club", mean, 0)
     if backend == "reference":
         return reference.club(mean, log_variance, target)
-    return Club.apply(backend, mean, log_variance, target)[0]
+    return apply(Club, backend, mean, log_variance, target)[0]
 
 
 class Club(torch.autograd.Function):
@@ -88,7 +89,7 @@ class Club(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         needs = tuple(ctx.needs_input_grad[1:])
-        gradients = ClubGradient.apply(ctx.backend, grad, *ctx.saved_tensors, *needs)
+        gradients = apply(ClubGradient, ctx.backend, grad, *ctx.saved_tensors, *needs)
         return None, *wanted(gradients, needs)
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import INTEGERS, LARGEST_TEMPERATURE, check_temperature, check_tensor, score_dtype
 from oodkern.ops._product import (
     autocast,
@@ -98,7 +99,7 @@ def info_nce(
         return reference.info_nce(queries, keys, target, temperature, normalize, symmetric, positives)
     labels = (None, None) if positives is None else positives
     arguments = (queries, keys, target, labels[0], labels[1], temperature, bool(normalize), bool(symmetric))
-    return InfoNCE.apply(backend, *arguments)[0]
+    return apply(InfoNCE, backend, *arguments)[0]
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -160,8 +161,8 @@ class InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         needs = ctx.needs_input_grad
         for_queries, for_keys, for_temperature = needs[1], needs[2], needs[6]
-        queries, keys, temperature = InfoNCEGradient.apply(
-            ctx.backend, grad, *ctx.saved_tensors, ctx.normalize, ctx.symmetric, for_queries, for_keys
+        queries, keys, temperature = apply(
+            InfoNCEGradient, ctx.backend, grad, *ctx.saved_tensors, ctx.normalize, ctx.symmetric, for_queries, for_keys
         )
         a, b, t = wanted((queries, keys, temperature), (for_queries, for_keys, for_temperature))
         return None, a, b, None, None, None, t, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._autograd import _over_rows
+from oodkern.ops._autograd import _over_rows, apply
 from oodkern.ops._checks import check_logits, check_temperature, score_dtype
 from oodkern.ops._product import check_beside, no_second, raw, register_fake
 
@@ -64,7 +64,7 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
     backend = backend_for("distill", student_logits)
     if backend == "reference":
         return reference.distillation(student_logits, teacher_logits, temperature)
-    return Distillation.apply(backend, student_logits, teacher_logits, temperature)[0]
+    return apply(Distillation, backend, student_logits, teacher_logits, temperature)[0]
 
 
 class Distillation(torch.autograd.Function):
@@ -83,7 +83,7 @@ class Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        return None, DistillationGradient.apply(ctx.backend, grad, *ctx.saved_tensors, ctx.temperature), None, None
+        return None, apply(DistillationGradient, ctx.backend, grad, *ctx.saved_tensors, ctx.temperature), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:

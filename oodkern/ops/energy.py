@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oodkern import _native, reference
 from oodkern.backends import backend_for
-from oodkern.ops._autograd import RowScore, register_row_score_fakes
+from oodkern.ops._autograd import RowScore, apply, register_row_score_fakes
 from oodkern.ops._checks import check_logits, check_temperature, score_dtype
 
 
@@ -41,7 +41,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     temperature = check_temperature(temperature)
     if backend_for("energy", logits) == "reference":
         return reference.energy(logits, temperature)
-    return RowScore.apply("energy", True, logits, temperature)
+    return apply(RowScore, "energy", True, logits, temperature)
 
 
 def joint_energy(logits: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def joint_energy(logits: Tensor) -> Tensor:
     check_logits(logits)
     if backend_for("energy", logits) == "reference":
         return reference.joint_energy(logits)
-    return RowScore.apply("joint_energy", False, logits, None)
+    return apply(RowScore, "joint_energy", False, logits, None)
 
 
 if not _native.missing["cpu"]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import DTYPES, backend_for
-from oodkern.ops._autograd import _over_rows
+from oodkern.ops._autograd import _over_rows, apply
 from oodkern.ops._checks import check_logits, check_margin, check_tensor, score_dtype
 from oodkern.ops._foreseen import factor_of, formed_with_values, readable
 from oodkern.ops._product import check_beside, no_second, raw, register_fake
@@ -143,7 +143,7 @@ def _foreseen(value: Any, logits: Tensor) -> Tensor | None:
 
 
 def _apply(head: str, logits: Tensor, target: Tensor | None, margin: float, upstream: Tensor | None) -> Tensor:
-    return Head.apply("native", head, logits, target, margin, upstream)[0]
+    return apply(Head, "native", head, logits, target, margin, upstream)[0]
 
 
 def would_wait(tensor: Tensor) -> bool:
@@ -202,7 +202,7 @@ class Head(torch.autograd.Function):
                     formed.mul_(correction)
                 return None, None, formed, None, None, None
         del formed
-        gradient = HeadGradient.apply(ctx.backend, ctx.head, grad, *saved, ctx.margin)
+        gradient = apply(HeadGradient, ctx.backend, ctx.head, grad, *saved, ctx.margin)
         return None, None, gradient, None, None, None
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import check_temperature
 from oodkern.ops._foreseen import ForeseenScore, Passes, Upstream, WaitingScore, can_foresee, can_wait
 from oodkern.ops._linear_score import LinearScore, LinearScoreGradient
@@ -120,10 +121,10 @@ def _linear_score(
         return reference.linear_joint_energy(features, weight, bias)
     if upstream is not None and can_foresee(backend, features, weight, bias):
         needs = [tensor is not None and tensor.requires_grad for tensor in (features, weight, bias)]
-        return ForeseenScore.apply(score, features, weight, bias, temperature, *upstream.detached(), *needs)[0]
+        return apply(ForeseenScore, score, features, weight, bias, temperature, *upstream.detached(), *needs)[0]
     if can_wait(backend, features, weight, bias):
-        return WaitingScore.apply(_passes(score, temperature), features, weight, bias)[0]
-    return LinearScore.apply(backend, score, features, weight, bias, temperature)
+        return apply(WaitingScore, _passes(score, temperature), features, weight, bias)[0]
+    return apply(LinearScore, backend, score, features, weight, bias, temperature)
 
 
 def _passes(score: str, temperature: float) -> Passes:
@@ -134,6 +135,6 @@ def _passes(score: str, temperature: float) -> Passes:
         return made[0], made[2]
 
     def gradient(grad: Tensor, value: Tensor, *tensors: Tensor | None) -> Tensor:
-        return LinearScoreGradient.apply("native", score, grad, *tensors, value, temperature, True, False, False)[0]
+        return apply(LinearScoreGradient, "native", score, grad, *tensors, value, temperature, True, False, False)[0]
 
     return Passes(first, gradient)

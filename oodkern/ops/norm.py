@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oodkern import _native, reference
 from oodkern.backends import backend_for
-from oodkern.ops._autograd import RowScore, register_row_score_fakes
+from oodkern.ops._autograd import RowScore, apply, register_row_score_fakes
 from oodkern.ops._checks import check_floating, score_dtype
 
 
@@ -37,7 +37,7 @@ def sample_norm(x: Tensor) -> Tensor:
     check_samples(x)
     if backend_for("norm", x) == "reference":
         return reference.sample_norm(x)
-    return RowScore.apply("sample_norm", True, _as_rows(x), None)
+    return apply(RowScore, "sample_norm", True, _as_rows(x), None)
 
 
 def check_samples(value: Any, name: str = "x") -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import check_floating, check_margin
 from oodkern.ops._product import check_beside, one_by_one, raw, register_fake
 
@@ -54,7 +55,7 @@ def pairwise_hinge(id_score: Tensor, ood_score: Tensor, margin: float = 0.0) -> 
     backend = backend_for("pairwise_hinge", id_score, 0)
     if backend == "reference":
         return reference.pairwise_hinge(id_score, ood_score, margin)
-    return PairwiseHinge.apply(backend, id_score, ood_score, margin)[0]
+    return apply(PairwiseHinge, backend, id_score, ood_score, margin)[0]
 
 
 def _check_scores(value: Any, name: str, size: str) -> None:
@@ -81,8 +82,8 @@ class PairwiseHinge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         _, for_id, for_ood, _ = ctx.needs_input_grad
         id_score, ood_score, id_slope, ood_slope = ctx.saved_tensors
-        of_id = PairwiseHingeSlope.apply(grad, id_score, id_slope) if for_id else None
-        return None, of_id, PairwiseHingeSlope.apply(grad, ood_score, ood_slope) if for_ood else None, None
+        of_id = apply(PairwiseHingeSlope, grad, id_score, id_slope) if for_id else None
+        return None, of_id, apply(PairwiseHingeSlope, grad, ood_score, ood_slope) if for_ood else None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
+from oodkern.ops._autograd import apply
 from oodkern.ops._checks import check_floating, score_dtype
 from oodkern.ops._foreseen import Passes, WaitingScore, can_wait
 from oodkern.ops._product import (
@@ -84,8 +85,8 @@ def alignment(features: Tensor, weight: Tensor) -> Tensor:
     if backend == "reference":
         return reference.alignment(features, weight)
     if can_wait(backend, features, weight):
-        return WaitingScore.apply(ALIGNMENT, features, weight)[0]
-    return Alignment.apply(backend, features, weight)
+        return apply(WaitingScore, ALIGNMENT, features, weight)[0]
+    return apply(Alignment, backend, features, weight)
 
 
 def subspace_energy(features: Tensor, basis: Tensor) -> SubspaceEnergy:
@@ -116,7 +117,7 @@ def subspace_energy(features: Tensor, basis: Tensor) -> SubspaceEnergy:
     backend = backend_for("subspace", features, basis.shape[1])
     if backend == "reference":
         return SubspaceEnergy(*reference.subspace_energy(features, basis))
-    return SubspaceEnergy(*Subspace.apply(backend, features, basis))
+    return SubspaceEnergy(*apply(Subspace, backend, features, basis))
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ class Alignment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         needs = ctx.needs_input_grad[1:3]
-        return None, *wanted(AlignmentGradient.apply(ctx.backend, grad, *ctx.saved_tensors, needs[0], needs[1]), needs)
+        return None, *wanted(apply(AlignmentGradient, ctx.backend, grad, *ctx.saved_tensors, needs[0], needs[1]), needs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -183,7 +184,7 @@ class AlignmentGradient(torch.autograd.Function):
 
 ALIGNMENT = Passes(
     lambda *tensors: raw("native", "alignment_foreseen", *tensors),
-    lambda grad, value, *tensors: AlignmentGradient.apply("native", grad, *tensors, True, False)[0],
+    lambda grad, value, *tensors: apply(AlignmentGradient, "native", grad, *tensors, True, False)[0],
 )
 
 
@@ -200,8 +201,8 @@ class Subspace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_inside: Tensor, grad_outside: Tensor) -> tuple:
         needs = ctx.needs_input_grad[1:3]
-        gradients = SubspaceGradient.apply(
-            ctx.backend, grad_inside, grad_outside, *ctx.saved_tensors, needs[0], needs[1]
+        gradients = apply(
+            SubspaceGradient, ctx.backend, grad_inside, grad_outside, *ctx.saved_tensors, needs[0], needs[1]
         )
         return None, *wanted(gradients, needs)
 
@@ -237,7 +238,7 @@ class SubspaceGradient(torch.autograd.Function):
         if all(t is None for t in given):
             return (None,) * 7
         needs = ctx.needs_input_grad[3:5]
-        inside, outside, *rest = SubspaceCurvature.apply(ctx.backend, *given, *ctx.saved_tensors, needs[0], needs[1])
+        inside, outside, *rest = apply(SubspaceCurvature, ctx.backend, *given, *ctx.saved_tensors, needs[0], needs[1])
         return None, inside, outside, *wanted(rest, needs), None, None
 
     @staticmethod
