@@ -65,6 +65,10 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "info_nce(Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, Tensor? key_labels, "
       "Tensor temperature, bool normalize, bool symmetric) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "info_nce_foreseen(Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, Tensor? key_labels, "
+      "Tensor temperature, bool normalize, bool for_queries, bool for_keys) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "info_nce_backward(Tensor grad, Tensor queries, Tensor keys, Tensor? target, Tensor? query_labels, "
       "Tensor? key_labels, Tensor temperature, Tensor query_lse, Tensor key_lse, bool normalize, bool symmetric, "
       "bool for_queries, bool for_keys) -> (Tensor, Tensor, Tensor)");

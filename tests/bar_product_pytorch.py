@@ -29,6 +29,7 @@ class ProductOp(Op):
     terms: of float64 inputs, how large the terms of each gradient's rows are, [rows, 1] each; nothing where a gradient
         is as large as its terms.
     bytes_per_row: what is kept for each row.
+    waits: whether gradients are formed with the value, and wait in its dtype.
     """
 
     make: Callable[[int, int, int], tuple[tuple[int, ...], ...]]
@@ -38,6 +39,7 @@ class ProductOp(Op):
     autocasts: bool = True
     terms: Callable[..., Sequence[Tensor]] = lambda *inputs: ()
     bytes_per_row: int = 0
+    waits: bool = False
     raw_products: Sequence[tuple[str, Callable[[Sequence[Tensor]], tuple]]] = ()
 
     @property

@@ -92,6 +92,39 @@ struct Pair {
   }
 };
 
+const Reduce kLse{Reduction::kLogSumExp, 1.0};
+
+// One direction's loss: of its logsumexp, the sum of its positives' scores, and how many they are.
+double direction(double lse, double sum, double count) {
+  return count == 0 ? 0.0 : lse - sum / count;
+}
+
+// What the rows of a walk come to.
+struct Rows {
+  const Pair& pair;
+  Tensor lse;                    // [N]
+  std::vector<double> positive;  // [N]
+  std::vector<RowState> states;  // of a wave
+
+  Rows(const Pair& pair, const Tensor& queries, const Walk& walk)
+      : pair(pair), lse(empty_of(queries, {pair.N}, score_dtype(queries))), positive(pair.N), states(walk.wave()) {}
+  void visit(const Part& part) {
+    pair.scale(part);
+    RowState* state = states.data() + part.wave_row;
+    if (part.column == 0) tile_engine().begin(kLse, part.z.rows, state);
+    tile_engine().reduce(part.z, kLse, state);
+    std::vector<int64_t> places;
+    tile_engine().positives(part.z, pair.positives(part, places), false, positive.data() + part.row);
+    if (part.column + part.z.columns < pair.M) return;
+    void* out = static_cast<char*>(lse.mutable_data_ptr()) + part.row * int64_t(lse.element_size());
+    tile_engine().finish(pair.wide, kLse, part.z.rows, state, 1.0, out);
+  }
+  double loss(int64_t i) const {
+    return direction(real_of(pair.wide, lse.const_data_ptr(), i), positive[i],
+                     pair.target.given ? 1.0 : pair.q_count[i]);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> info_nce(const Tensor& queries, const Tensor& keys,
                                             const std::optional<Tensor>& target,
                                             const std::optional<Tensor>& query_labels,
@@ -101,52 +134,92 @@ std::tuple<Tensor, Tensor, Tensor> info_nce(const Tensor& queries, const Tensor&
   check_same_columns(keys, "keys", queries);
   const Pair pair(queries, keys, target, query_labels, key_labels, temperature, normalize, symmetric);
   const ScalarType dtype = score_dtype(queries);
-  Tensor loss = empty_of(queries, {pair.N}, dtype), row_lse = empty_of(queries, {pair.N}, dtype);
-  Tensor column_lse = empty_of(queries, {symmetric ? pair.M : 0}, dtype);
-  const Reduce lse{Reduction::kLogSumExp, 1.0};
+  Tensor loss = empty_of(queries, {pair.N}, dtype), column_lse = empty_of(queries, {symmetric ? pair.M : 0}, dtype);
   Workspace workspace(queries);
   Walk walk(pair.q, pair.k);
   walk.plan();
-  std::vector<RowState> rows(walk.wave()), columns(symmetric ? pair.M : 0);
-  std::vector<double> positive(pair.N, 0.0), column_positive(symmetric && !pair.target.given ? pair.M : 0, 0.0);
-  tile_engine().begin(lse, int64_t(columns.size()), columns.data());
-  const auto on_rows = [&](const Part& part) {
-    pair.scale(part);
-    RowState* state = rows.data() + part.wave_row;
-    if (part.column == 0) tile_engine().begin(lse, part.z.rows, state);
-    tile_engine().reduce(part.z, lse, state);
-    std::vector<int64_t> places;
-    tile_engine().positives(part.z, pair.positives(part, places), false, positive.data() + part.row);
-    if (part.column + part.z.columns == pair.M) {
-      void* out = static_cast<char*>(row_lse.mutable_data_ptr()) + part.row * int64_t(row_lse.element_size());
-      tile_engine().finish(pair.wide, lse, part.z.rows, state, 1.0, out);
-    }
-  };
+  Rows rows(pair, queries, walk);
+  std::vector<RowState> columns(symmetric ? pair.M : 0);
+  std::vector<double> column_positive(symmetric && !pair.target.given ? pair.M : 0, 0.0);
+  tile_engine().begin(kLse, int64_t(columns.size()), columns.data());
   const auto on_columns = [&](const Part& part) {
     tile_engine().reduce_columns(part.z, columns.data() + part.column);
     if (column_positive.empty()) return;
     std::vector<int64_t> places;
     tile_engine().positives(part.z, pair.positives(part, places), true, column_positive.data() + part.column);
   };
-  walk.run(workspace, on_rows, symmetric ? Walk::Visit(on_columns) : nullptr);
-  tile_engine().finish(pair.wide, lse, int64_t(columns.size()), columns.data(), 1.0, column_lse.mutable_data_ptr());
+  walk.run(workspace, [&](const Part& part) { rows.visit(part); }, symmetric ? Walk::Visit(on_columns) : nullptr);
+  tile_engine().finish(pair.wide, kLse, int64_t(columns.size()), columns.data(), 1.0, column_lse.mutable_data_ptr());
 
+  const auto of_column = [&](int64_t j) { return real_of(pair.wide, column_lse.const_data_ptr(), j); };
   for (int64_t i = 0; i < pair.N; ++i) {
-    const bool labels = !pair.target.given;
-    const auto direction = [&](double lse_of, double sum, double count) {
-      return count == 0 ? 0.0 : lse_of - sum / count;
-    };
-    double value =
-        direction(real_of(pair.wide, row_lse.const_data_ptr(), i), positive[i], labels ? pair.q_count[i] : 1.0);
+    double value = rows.loss(i);
     if (symmetric) {
-      const double other =
-          labels ? direction(real_of(pair.wide, column_lse.const_data_ptr(), i), column_positive[i], pair.k_count[i])
-                 : real_of(pair.wide, column_lse.const_data_ptr(), pair.target.data[i]) - positive[i];
+      const double other = pair.target.given ? of_column(pair.target.data[i]) - rows.positive[i]
+                                             : direction(of_column(i), column_positive[i], pair.k_count[i]);
       value = (value + other) / 2;
     }
     put_real(pair.wide, loss.mutable_data_ptr(), i, value);
   }
-  return {loss, row_lse, column_lse};
+  return {loss, rows.lse, column_lse};
+}
+
+// Of the queries' direction the losses, and the gradients of their sum, in the dtype of scores, since they are yet to
+// be multiplied by an upstream: the logsumexp of a row is known while its scores are there. Where rows of scores are
+// too long to be held, the losses alone.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_foreseen(const Tensor& queries, const Tensor& keys,
+                                                                     const std::optional<Tensor>& target,
+                                                                     const std::optional<Tensor>& query_labels,
+                                                                     const std::optional<Tensor>& key_labels,
+                                                                     const Tensor& temperature, bool normalize,
+                                                                     bool for_queries, bool for_keys) {
+  check_matrix(queries, "queries");
+  check_same_columns(keys, "keys", queries);
+  const Pair pair(queries, keys, target, query_labels, key_labels, temperature, normalize, false);
+  const ScalarType dtype = score_dtype(queries);
+  const auto gradient = [&](const Tensor& of, bool wanted) {
+    return Gradient{wanted ? empty_of(of, sizes_of(of), dtype) : empty_of(of, {0}, dtype), normalize};
+  };
+  Gradient of_queries = gradient(queries, for_queries), of_keys = gradient(keys, for_keys);
+  Workspace workspace(queries);
+  Walk walk(pair.q, pair.k);
+  walk.prefers_whole_rows = true;
+  if (for_queries) walk.dx = &of_queries;
+  if (for_keys) walk.dw = &of_keys;
+  walk.plan();
+  if (!walk.whole_rows()) {
+    const Tensor nothing = empty_of(queries, {0}, dtype);
+    const auto [loss, lse, columns] =
+        info_nce(queries, keys, target, query_labels, key_labels, temperature, normalize, false);
+    return {loss, lse, nothing, nothing, nothing};
+  }
+  Rows rows(pair, queries, walk);
+  std::vector<double> products(pair.N, 0.0);  // sum_j G_ij s_ij
+  walk.run(workspace, [&](const Part& part) {
+    rows.visit(part);
+    const int64_t count = part.z.rows;
+    const auto of_label = [&](int64_t i, double number) {
+      return pair.target.given || pair.q_count[part.row + i] ? number : 0.0;
+    };
+    const auto scale = reals(pair.wide, count, [&](int64_t i) { return of_label(i, 1.0); });
+    const auto taken = reals(pair.wide, count, [&](int64_t i) {
+      return pair.target.given ? 1.0 : of_label(i, 1.0 / pair.q_count[part.row + i]);
+    });
+    const auto lse = reals_of(pair.wide, as_column(rows.lse), part.row, count, 1.0);
+    std::vector<int64_t> places;
+    const Contrast contrast{
+        pair.positives(part, places), scale.data(), lse.data(), taken.data(), nullptr, nullptr, nullptr};
+    tile_engine().contrast(part.z, contrast, products.data() + part.row);
+    pair.scale(part);  // dz to d(q . k)
+  });
+  Tensor loss = empty_of(queries, {pair.N}, dtype), of_temperature = empty_of(queries, {}, dtype);
+  double total = 0;
+  for (int64_t i = 0; i < pair.N; ++i) {
+    put_real(pair.wide, loss.mutable_data_ptr(), i, rows.loss(i));
+    total += products[i];
+  }
+  put_real(pair.wide, of_temperature.mutable_data_ptr(), 0, -total / pair.temperature);
+  return {loss, rows.lse, of_queries.result, of_keys.result, of_temperature};
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad, const Tensor& queries, const Tensor& keys,
@@ -216,5 +289,6 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad, const T
 
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
   m.impl("info_nce", TORCH_BOX(&oodkern::info_nce));
+  m.impl("info_nce_foreseen", TORCH_BOX(&oodkern::info_nce_foreseen));
   m.impl("info_nce_backward", TORCH_BOX(&oodkern::info_nce_backward));
 }

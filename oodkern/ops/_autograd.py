@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply(*arguments) at less cost where nothing but autograd looks on.
 
-    torch.autograd.Function binds what is given to the signature of a forward that has no context: of the 35 us that
-    `PairwiseHinge.apply` takes for 64 and 128 scores that is VALUE. Where no graph is recorded, as in most backward passes,
-    forward is all that is left.
+    torch.autograd.Function binds arguments to the signature of a forward that has no context, for 10 to 45 us: value
+    and gradient of a `pairwise_hinge` of 64 and 128 scores take 88 us instead of 168. Where no graph is recorded, as in
+    most backward passes, forward is all that is left.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*arguments)

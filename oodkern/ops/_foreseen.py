@@ -171,13 +171,17 @@ class ForeseenScore(torch.autograd.Function):
 FEWEST_CLASSES_OF_16_BITS = 128
 
 
+def pays_to_wait(features: Tensor, classes: int) -> bool:
+    return features.element_size() > 2 or classes >= FEWEST_CLASSES_OF_16_BITS
+
+
 def can_wait(backend: str, features: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the features' gradient, the only one that is wanted, is to be formed before its upstream is known."""
     head = [weight] if bias is None else [weight, bias]
     return (
         backend == "native"
         and features.device.type == "cpu"
-        and (features.element_size() > 2 or len(weight) >= FEWEST_CLASSES_OF_16_BITS)
+        and pays_to_wait(features, len(weight))
         and not any(tensor.requires_grad for tensor in head)
         and formed_with_values(features, *head)
     )

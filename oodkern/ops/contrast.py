@@ -1,14 +1,4 @@
-"""Room `contrast`: mutual-information contrast of two sets of features.
-
-InfoNCE with s_ij = r_i c_j (q_i . k_j) / T, r and c the reciprocal norms (1 without normalising), rows' and columns'
-logsumexp L_i and C_j, and the derivative G_ij of the weighted losses in s_ij, one tile of which is formed at a time:
-
-    G_ij = a_i (exp(s_ij - L_i) - [j is i's positive]) + b_j (exp(s_ij - C_j) - [i is j's positive])
-    dq_i = r_i sum_j G_ij c_j k_j / T,  less its part along q_i where rows are normalised; dk_j alike
-    dT   = -(1 / T) sum_ij G_ij s_ij
-
-The product of queries and keys is formed once for the value and once for all gradients.
-"""
+"""Room `contrast`: mutual-information contrast of two sets of features. Derivatives: `oodkern.ops._info_nce`."""
 
 from __future__ import annotations
 
@@ -21,17 +11,8 @@ from oodkern import reference
 from oodkern.backends import backend_for
 from oodkern.ops._autograd import apply
 from oodkern.ops._checks import INTEGERS, LARGEST_TEMPERATURE, check_temperature, check_tensor, score_dtype
-from oodkern.ops._product import (
-    autocast,
-    check_beside,
-    check_matrix,
-    gradient_like,
-    no_second,
-    one_by_one,
-    raw,
-    register_fake,
-    wanted,
-)
+from oodkern.ops._info_nce import InfoNCE, WaitingInfoNCE, can_wait
+from oodkern.ops._product import autocast, check_beside, check_matrix
 
 
 def info_nce(
@@ -61,8 +42,12 @@ def info_nce(
         [N] in nats; float32 (float64 for float64 queries), also under autocast. log(M) minus its mean bounds the
         mutual information of positive pairs from below.
 
-    Differentiable once, in queries, keys and a tensor temperature. Neither scores nor masks [N, M] are stored.
-    Raises TypeError or ValueError for an argument of the wrong kind or shape.
+    Differentiable once, in queries, keys and a tensor temperature. Neither scores nor masks [N, M] are stored. On the
+    CPU, without `symmetric`, gradients are formed with the losses where a row of scores fits into what is held (of
+    16-bit features from 128 keys on), and wait in the dtype of the losses for an upstream that is one number for all
+    rows, as a mean's is: three products instead of four, of which `torch.no_grad` saves two where no backward pass is
+    to come. Where it differs between rows, gradients other than the queries' are formed anew. Raises TypeError or
+    ValueError for an argument of the wrong kind or shape.
 
     Source: van den Oord, Li, Vinyals, Representation Learning with Contrastive Predictive Coding, 2018; several
     positives: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (their L_out).
@@ -98,8 +83,10 @@ def info_nce(
     if backend == "reference":
         return reference.info_nce(queries, keys, target, temperature, normalize, symmetric, positives)
     labels = (None, None) if positives is None else positives
-    arguments = (queries, keys, target, labels[0], labels[1], temperature, bool(normalize), bool(symmetric))
-    return apply(InfoNCE, backend, *arguments)[0]
+    tensors = (queries, keys, target, labels[0], labels[1], temperature)
+    if not symmetric and can_wait(backend, queries, keys, temperature):
+        return apply(WaitingInfoNCE, *tensors, bool(normalize), queries.requires_grad, keys.requires_grad)[0]
+    return apply(InfoNCE, backend, *tensors, bool(normalize), bool(symmetric))[0]
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -132,93 +119,3 @@ def _temperature(value: Any, queries: Tensor) -> Tensor:
         if not 1 / LARGEST_TEMPERATURE <= number <= LARGEST_TEMPERATURE:
             raise ValueError(f"temperature: expected a positive number (between 2^-100 and 2^100), got {number}")
     return value.reshape(()).to(score_dtype(queries))
-
-
-class InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        backend: str,
-        queries: Tensor,
-        keys: Tensor,
-        target: Tensor | None,
-        query_labels: Tensor | None,
-        key_labels: Tensor | None,
-        temperature: Tensor,
-        normalize: bool,
-        symmetric: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        labels = (target, query_labels, key_labels)
-        return raw(backend, "info_nce", queries, keys, *labels, temperature, normalize, symmetric)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.backend, *tensors, ctx.normalize, ctx.symmetric = inputs
-        _, query_lse, key_lse = output
-        ctx.save_for_backward(*tensors, query_lse, key_lse)
-        ctx.mark_non_differentiable(query_lse, key_lse)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        needs = ctx.needs_input_grad
-        for_queries, for_keys, for_temperature = needs[1], needs[2], needs[6]
-        queries, keys, temperature = apply(
-            InfoNCEGradient, ctx.backend, grad, *ctx.saved_tensors, ctx.normalize, ctx.symmetric, for_queries, for_keys
-        )
-        a, b, t = wanted((queries, keys, temperature), (for_queries, for_keys, for_temperature))
-        return None, a, b, None, None, None, t, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-        return one_by_one(InfoNCE, info, in_dims, arguments)
-
-
-class InfoNCEGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        backend: str,
-        grad: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        target: Tensor | None,
-        query_labels: Tensor | None,
-        key_labels: Tensor | None,
-        temperature: Tensor,
-        query_lse: Tensor,
-        key_lse: Tensor,
-        normalize: bool,
-        symmetric: bool,
-        for_queries: bool,
-        for_keys: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (grad, queries, keys, target, query_labels, key_labels, temperature, query_lse, key_lse)
-        return raw(backend, "info_nce_backward", *tensors, normalize, symmetric, for_queries, for_keys)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        raise no_second("info_nce")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-        return one_by_one(InfoNCEGradient, info, in_dims, arguments)
-
-
-def _fake_info_nce(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    def per_row(count: Any) -> Tensor:
-        return queries.new_empty(count, dtype=score_dtype(queries))
-
-    symmetric = rest[-1]
-    return per_row(queries.shape[0]), per_row(queries.shape[0]), per_row(keys.shape[0] if symmetric else 0)
-
-
-def _fake_gradient(grad: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    made = [gradient_like(queries, rest[-2]), gradient_like(keys, rest[-1])]
-    parts = [queries.new_empty(0) if gradient is None else gradient for gradient in made]
-    return *parts, queries.new_empty((), dtype=score_dtype(queries))
-
-
-register_fake("info_nce", _fake_info_nce)
-register_fake("info_nce_backward", _fake_gradient)
