@@ -35,6 +35,8 @@ How this is measured:
   that empties its L2 cache. "× ours" is how many times our median another one takes.
 - Memory is the peak of one call less what was held before it: on a CPU VmHWM of a fresh process that has done the call
   before, on a GPU the allocator's. "MB" is what is held beyond results, which all contenders have to hold.
+- Upstream gradients are random numbers, one a row; where a mean of rows is differentiated one for all, and of whole
+  losses 1,024, as a loss scale is. Who is "told the upstream" knows it beforehand, as autograd does not.
 - "error" is the largest difference from the same in float64, in units of the largest magnitude there.
 - "roofline" is the least time that the case can take, as a share of ours: of moving its inputs and results once, as
   fast as a large copy does, and computing its matrix products, as fast as large square ones, the longer; both measured

@@ -190,8 +190,17 @@ def faster_rivals(groups: Iterable[Group]) -> list[str]:
             )
             sure = "" if row.q3 < ours.q1 else "; the quartiles meet"
             factor = significant(ours.median / row.median)
-            found.append(f"- {row.room}: {row.title}: {row.contender} is {factor} times as fast ({spans}{sure})")
+            who = f"{row.contender}, told the upstream," if row.told else row.contender
+            found.append(f"- {row.room}: {row.title}: {who} is {factor} times as fast ({spans}{sure})")
+        found += reasons(group, found)
     return found
+
+
+def reasons(group: Group, lines: Sequence[str]) -> list[str]:
+    """Why, behind the lines of a group that have anything to be explained."""
+    ours = group.ours
+    said = ours is not None and ours.why and lines and f": {ours.title}: " in lines[-1]
+    return [f"  ({ours.why})"] if said and ours is not None else []
 
 
 def leaner_rivals(groups: Iterable[Group]) -> list[str]:
@@ -217,6 +226,7 @@ def missed_targets(groups: Iterable[Group]) -> list[str]:
         if reached < ours.target:
             aim = f"{ours.target:g} times as fast as {base.contender}"
             found.append(f"- {ours.room}: {ours.title}: aimed for {aim}, reached {significant(reached)}")
+            found += reasons(group, found)
     return found
 
 

@@ -44,7 +44,9 @@ class Row:
     sizes: Mapping[str, int] = field(default_factory=dict)
     dtype: str = ""
     base: str = ""
+    told: bool = False
     target: float | None = None
+    why: str = ""
     error: float | None = None
     peak_bytes: int | None = None
     beyond_bytes: int | None = None

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 PASSES = ("forward", "backward", "double backward", "whole")
+UPSTREAMS = ("random", "mean", "loss")
+LOSS_SCALE = 1024.0
 OURS = "oodkern"
 COMPILED = "torch.compile"
 SEED = 0
@@ -71,7 +73,9 @@ class Case:
     leaves: tuple[int, ...] = (0,)
     """The inputs whose gradients are formed."""
     upstream: int | None = None
-    """Rows of the random upstream gradient; None: it is a number."""
+    """Rows of the upstream gradient; None: it is a number."""
+    upstreams: str = "random"
+    """"random" numbers; "mean": one for all rows, as a mean has it; "loss": a power of two, as loss scales are."""
     rows: tuple[int, ...] = ()
     """The inputs that have one row a sample, where samples do not meet: the oracle takes some at a time."""
     flops: float = 0.0
@@ -85,6 +89,8 @@ class Case:
     base: str = "eager"
     target: float | None = None
     """How many times faster than the base was aimed for on a CPU."""
+    why: str = ""
+    """Why a target is out of reach, or a rival faster: what of it is the hardware's or the rival's, as measured."""
     factory: Callable[..., Case] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,6 +99,8 @@ class Case:
             raise ValueError(f"passes: expected one of {', '.join(PASSES)}, got {self.passes!r}")
         if self.base not in self.contenders:
             raise ValueError(f"base: expected one of {', '.join(self.contenders)}, got {self.base!r}")
+        if self.upstreams not in UPSTREAMS:
+            raise ValueError(f"upstreams: expected one of {', '.join(UPSTREAMS)}, got {self.upstreams!r}")
 
     def __reduce__(self) -> Any:
         if self.factory is None:
@@ -119,14 +127,20 @@ class Case:
         return torch.compile(contender.function, dynamic=dynamic) if contender.compiled else contender.function
 
     def data(self, device: torch.device) -> tuple[tuple[Any, ...], Tensor]:
-        """The inputs and the upstream gradient, the same in every process, never zeros or ones.
+        """The inputs and the upstream gradient, the same in every process.
 
         They are made on the device: a CPU takes 16 ns a normal number, more than a minute for 10 million features.
         """
         generator = torch.Generator(device).manual_seed(SEED)
         with device:
             inputs = self.inputs(generator)
-            upstream = torch.randn(() if self.upstream is None else (self.upstream,), generator=generator)
+            size = () if self.upstream is None else (self.upstream,)
+            if self.upstreams == "random":
+                upstream = torch.randn(size, generator=generator)
+            elif self.upstreams == "mean":
+                upstream = torch.randn((), generator=generator).expand(size)
+            else:
+                upstream = torch.full(size, LOSS_SCALE)
         moved = tuple(one.to(device) if isinstance(one, Tensor) else one for one in inputs)
         return moved, upstream.to(device)
 
@@ -149,13 +163,13 @@ def _again(factory: Callable[..., Case], arguments: dict[str, Any]) -> Case:
 
 
 def case(factory: Callable[..., Case]) -> Callable[..., Case]:
-    """Decorates a function of keywords, at the top of a module, that returns a `Case`."""
+    """Decorates a function of keywords, at the top of a module, that returns a `Case`; it takes `why` besides."""
 
     @functools.wraps(factory)
-    def make(**arguments: Any) -> Case:
+    def make(*, why: str = "", **arguments: Any) -> Case:
         made = factory(**arguments)
-        object.__setattr__(made, "factory", make)
-        object.__setattr__(made, "arguments", arguments)
+        for name, value in (("factory", make), ("arguments", {**arguments, "why": why}), ("why", why)):
+            object.__setattr__(made, name, value)
         return made
 
     return make

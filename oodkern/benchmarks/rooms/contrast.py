@@ -98,6 +98,7 @@ def info_nce(
         oracle=functools.partial(exact, symmetric),
         leaves=(0, 1),
         upstream=N,
+        upstreams="mean",
         rows=() if symmetric else (0, 2),
         flops=6.0 * N * N * D,
         bytes=4 * size + 8 * N,

@@ -183,6 +183,7 @@ def loss_step(*, loss: str, N: int, M: int, D: int, K: int, dtype: str, target: 
         contenders=contenders,
         oracle=functools.partial(exact, OF_LOGITS[loss]),
         leaves=(0, 1) if plain else (0, 1, 2),
+        upstreams="loss",
         flops=6.0 * (N + M) * D * K,
         bytes=2 * (bytes_of((N + M, D), dtype) + bytes_of((K, D), dtype)),
         slack=1e-5,
