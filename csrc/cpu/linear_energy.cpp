@@ -1,17 +1,22 @@
 // Room `linear_energy` on the CPU: E and J of logits that are never stored, and their two derivatives.
+#include <cstring>
+
 #include "linear_head.h"
+#include "pages.h"
 
 namespace oodkern {
+namespace {
 
-Tensor linear_score(std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
-                    double temperature) {
-  check_head(features, weight, bias);
-  const Kind kind = kind_of(score, temperature);
-  LinearHead head(features, weight, bias);
-  const int64_t K = weight.size(0);
+// What logits take at most that are kept beside nothing else.
+constexpr int64_t kKeptBytes = (int64_t(16) << 20) - (64 << 10);
+
+// The score of each row; the logits stay in `kept`, where there is one.
+Tensor scored(const Kind& kind, LinearHead& head, const Tensor& features, void* kept) {
+  const int64_t K = head.w.rows();
   Tensor value = empty_of(features, {features.size(0)}, score_dtype(features));
   Walk walk(head.x, head.w);
   walk.bias = head.bias;
+  walk.kept = kept;
   walk.plan();
   std::vector<RowState> states(walk.wave());
   walk.run(head.workspace, [&](const Part& part) {
@@ -25,7 +30,37 @@ Tensor linear_score(std::string score, const Tensor& features, const Tensor& wei
   return value;
 }
 
+}  // namespace
+
+Tensor linear_score(std::string score, const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+                    double temperature) {
+  check_head(features, weight, bias);
+  LinearHead head(features, weight, bias);
+  return scored(kind_of(score, temperature), head, features, nullptr);
+}
+
 namespace {
+
+// The gradients of the score, of logits that are formed again or were kept.
+std::tuple<Tensor, Tensor, Tensor> gradients(const Kind& kind, LinearHead& head, const Tensor& grad,
+                                             const Tensor& features, const Tensor& weight, const Tensor& value,
+                                             bool for_features, bool for_weight, bool for_bias, void* kept) {
+  Wanted wanted(features, weight, for_features, for_weight, for_bias);
+  Walk walk(head.x, head.w);
+  walk.bias = head.bias;
+  wanted.into(walk, for_features, for_weight);
+  walk.kept = kept, walk.given = kept != nullptr;
+  const Column upstream = as_column(grad), saved = as_column(value);
+  walk.plan();
+  STD_TORCH_CHECK(!kept || walk.once(), "logits: expected none of so many classes");
+  walk.run(head.workspace, [&](const Part& part) {
+    const auto reduced = reals_of(head.wide, saved, part.row, part.z.rows, kind.sign);
+    const auto scale = reals_of(head.wide, upstream, part.row, part.z.rows, kind.sign);
+    tile_engine().slope(part.z, kind.reduce, reduced.data(), scale.data());
+  });
+  wanted.finish_bias(head.wide);
+  return {wanted.features.result, wanted.weight.result, wanted.bias};
+}
 
 std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, const Tensor& grad, const Tensor& features,
                                                          const Tensor& weight, const std::optional<Tensor>& bias,
@@ -34,21 +69,53 @@ std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, cons
   check_head(features, weight, bias);
   check_per_row(grad, "grad", features);
   check_per_row(value, "value", features);
-  const Kind kind = kind_of(score, temperature);
   LinearHead head(features, weight, bias);
-  Wanted wanted(features, weight, for_features, for_weight, for_bias && bias);
+  return gradients(kind_of(score, temperature), head, grad, features, weight, value, for_features, for_weight,
+                   for_bias && bias, nullptr);
+}
+
+// Whether the logits are few enough to be kept from the score to its gradients, within what either holds at most.
+bool keeps(const LinearHead& head, const Tensor& features, const Tensor& weight) {
+  if (!head.x.in_place() || !head.w.in_place()) return false;
+  const int64_t bytes = head.x.rows() * Walk::kept_stride(head.w.rows()) * (head.wide ? 8 : 4);
+  if (head.x.read() != Storage::kBFloat16) return bytes + head.w.rows() * 16 <= kKeptBytes;
+  char some;
+  Gradient of_features{features}, of_weight{weight};
   Walk walk(head.x, head.w);
-  walk.bias = head.bias;
-  wanted.into(walk, for_features, for_weight);
-  const Column upstream = as_column(grad), saved = as_column(value);
+  walk.dx = &of_features, walk.dw = &of_weight, walk.kept = &some;
   walk.plan();
-  walk.run(head.workspace, [&](const Part& part) {
-    const auto reduced = reals_of(head.wide, saved, part.row, part.z.rows, kind.sign);
-    const auto scale = reals_of(head.wide, upstream, part.row, part.z.rows, kind.sign);
-    tile_engine().slope(part.z, kind.reduce, reduced.data(), scale.data());
-  });
-  wanted.finish_bias(head.wide);
-  return {wanted.features.result, wanted.weight.result, wanted.bias};
+  return bytes <= kWorkspaceBytes / 2 && walk.once();
+}
+
+// The score, and the logits for linear_score_backward_kept; none where they are too many.
+std::tuple<Tensor, Tensor> linear_score_kept(std::string score, const Tensor& features, const Tensor& weight,
+                                             const std::optional<Tensor>& bias, double temperature) {
+  check_head(features, weight, bias);
+  LinearHead head(features, weight, bias);
+  Tensor logits = empty_of(features, {0}, score_dtype(features));
+  if (keeps(head, features, weight)) {
+    logits = empty_of(features, {features.size(0), Walk::kept_stride(weight.size(0))}, score_dtype(features));
+    prefer_large_pages(logits.mutable_data_ptr(), logits.numel() * int64_t(logits.element_size()));
+  }
+  void* const kept = logits.dim() == 2 ? logits.mutable_data_ptr() : nullptr;
+  if (kept) std::memset(kept, 0, logits.numel() * int64_t(logits.element_size()));
+  return {scored(kind_of(score, temperature), head, features, kept), logits};
+}
+
+// The gradients of logits that linear_score_kept gave, which become slopes.
+std::tuple<Tensor, Tensor, Tensor> linear_score_backward_kept(std::string score, const Tensor& grad, Tensor logits,
+                                                              const Tensor& features, const Tensor& weight,
+                                                              const Tensor& value, double temperature,
+                                                              bool for_features, bool for_weight, bool for_bias) {
+  check_head(features, weight, std::nullopt);
+  check_per_row(grad, "grad", features);
+  check_per_row(value, "value", features);
+  const std::vector<int64_t> expected{features.size(0), Walk::kept_stride(weight.size(0))};
+  STD_TORCH_CHECK(sizes_of(logits) == expected && logits.scalar_type() == score_dtype(features),
+                  "logits: expected those of linear_score_kept");
+  LinearHead head(features, weight, std::nullopt);
+  return gradients(kind_of(score, temperature), head, grad, features, weight, value, for_features, for_weight, for_bias,
+                   logits.mutable_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_score_double_backward(
@@ -135,5 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_score_double_backward(
 STABLE_TORCH_LIBRARY_IMPL(oodkern, CPU, m) {
   m.impl("linear_score", TORCH_BOX(&oodkern::linear_score));
   m.impl("linear_score_backward", TORCH_BOX(&oodkern::linear_score_backward));
+  m.impl("linear_score_kept", TORCH_BOX(&oodkern::linear_score_kept));
+  m.impl("linear_score_backward_kept", TORCH_BOX(&oodkern::linear_score_backward_kept));
   m.impl("linear_score_double_backward", TORCH_BOX(&oodkern::linear_score_double_backward));
 }

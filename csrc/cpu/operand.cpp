@@ -7,6 +7,7 @@ namespace oodkern {
 
 Operand::Operand(const Tensor& tensor, Storage read)
     : rows_(as_rows(tensor)), stored_(storage_of(tensor)), read_(read) {
+  if (rows_.rows == 1) rows_.stride = rows_.columns;  // whatever it was
   // BLAS takes 32-bit strides, and rows that do not overlap.
   in_place_ = stored_ == read_ && rows_.stride >= rows_.columns && rows_.stride < (int64_t(1) << 31);
 }

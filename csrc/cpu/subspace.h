@@ -252,7 +252,7 @@ class Subspace {
   Real* sums_of(const Tensor& out) {
     Real* sums =
         static_cast<Real*>(storage_of(out) == kReal ? out.mutable_data_ptr() : workspace_.take(sums_bytes(out)));
-    if (N == 0 && D * r) std::fill(sums, sums + D * r, Real(0));
+    if (N == 0 && D * r > 0) std::fill(sums, sums + D * r, Real(0));
     return sums;
   }
   void finish(const Tensor& out, const Real* sums) const {

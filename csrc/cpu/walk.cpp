@@ -42,7 +42,7 @@ bool Walk::direct(const Gradient& gradient) const {
 // is better: a wave of R rows reads the slice's weights once for 2 R operations a number, and the other way round.
 void Walk::plan() {
   const int64_t N = x.rows(), D = x.columns(), K = w.rows();
-  int64_t budget = kWorkspaceBytes - K * 8;
+  int64_t budget = std::max<int64_t>(0, kWorkspaceBytes - K * 8 - kept_bytes());
   whole_ = true;
   if (dw && !direct(*dw)) {
     whole_ = K * D * real() <= kWorkspaceBytes * 2 / 5;
@@ -51,7 +51,7 @@ void Walk::plan() {
   wave_ = std::min(std::max<int64_t>(N, 1), std::min<int64_t>(512 * threads(), 4096));
   slice_ = std::min<int64_t>(std::max<int64_t>(K, 1), 1024);
   const auto needs = [&](int64_t R, int64_t S) {
-    int64_t bytes = (second ? 2 : 1) * R * (S + 16) * (real() + (narrowed() ? 2 : 0));
+    int64_t bytes = (second ? 2 : 1) * R * (S + 16) * ((kept ? 0 : real()) + (narrowed() ? 2 : 0));
     if (!x.in_place()) bytes += R * D * real();
     if (!w.in_place()) bytes += S * D * real();
     if (v && !v->in_place()) bytes += R * D * real();
@@ -74,18 +74,19 @@ void Walk::plan() {
     larger = (larger + 1) / 2;
   }
   // A row of tiles that is a power of two long would share its cache sets with the next ones.
-  stride_ = slice_ + 16;
+  half_stride_ = slice_ + 16;
+  stride_ = kept ? kept_stride(K) : half_stride_;
   block_ = std::max<int64_t>(std::min<int64_t>(wave_, 16), (wave_ + threads() - 1) / threads());
 }
 
 void Walk::allocate(Workspace& workspace) {
-  const int64_t D = x.columns(), K = w.rows(), tile = wave_ * stride_;
+  const int64_t D = x.columns(), K = w.rows(), tile = wave_ * half_stride_;
   for (Gradient* gradient : {dx, dw}) {
     if (!gradient) continue;
     const Tensor& result = gradient->result;
     prefer_large_pages(result.mutable_data_ptr(), result.numel() * int64_t(result.element_size()));
   }
-  z_ = workspace.take(tile * real());
+  if (!kept) z_ = workspace.take(tile * real());
   if (second) t_ = workspace.take(tile * real());
   if (narrowed()) {
     z16_ = workspace.take(tile * 2);
@@ -105,8 +106,8 @@ Tile Walk::tile(void* data, int64_t row, int64_t rows, int64_t column, int64_t c
 
 // A tile as the BLAS reads it when it is multiplied into a gradient.
 Matrix Walk::factor(void* reals, void* halves, int64_t row, int64_t column) const {
-  const int64_t offset = row * stride_ + column;
-  return {narrowed() ? at(halves, offset * 2) : at(reals, offset * real()), stride_};
+  if (narrowed()) return {at(halves, (row * half_stride_ + column) * 2), half_stride_};
+  return {at(reals, (row * stride_ + column) * real()), stride_};
 }
 
 // Sums of rows become results: less their radial part, rounded where they are in the workspace.
@@ -160,9 +161,9 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
     on_rows({p.row + begin, begin, p.column, tile(z_, begin, rows, 0, p.columns), tile(t_, begin, rows, 0, p.columns),
              p.again});
     for (int64_t row = begin; row < begin + rows && narrowed(); ++row) {
-      const int64_t offset = row * stride_;
-      tile_engine().narrow(Storage::kBFloat16, at(z_, offset * real()), p.columns, at(z16_, offset * 2));
-      if (second) tile_engine().narrow(Storage::kBFloat16, at(t_, offset * real()), p.columns, at(t16_, offset * 2));
+      const int64_t from = row * stride_ * real(), to = row * half_stride_ * 2;
+      tile_engine().narrow(Storage::kBFloat16, at(z_, from), p.columns, at(z16_, to));
+      if (second) tile_engine().narrow(Storage::kBFloat16, at(t_, from), p.columns, at(t16_, to));
     }
   }
   if (!dx) return;
@@ -176,6 +177,7 @@ void Walk::form(const Place& p, int64_t first, int64_t count, const Visit& on_ro
 
 void Walk::visit(const Place& p, const Visit& on_rows, const Visit& on_columns) {
   const int64_t D = x.columns(), parts = threads();
+  if (kept) z_ = at(kept, (p.row * stride_ + p.column) * real());
   if (p.copy_w) {
     parallel_for(0, p.columns, 64, [&](int64_t begin, int64_t end) {
       const auto copy = [&](const Operand& operand, void* buffer) {

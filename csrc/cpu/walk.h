@@ -65,7 +65,10 @@ class Walk {
   // Rather all classes at once and fewer rows, where that is not too few and all sums fit.
   bool prefers_whole_rows = false;
   double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
-  bool given = false;            // on_rows fills z, which is no product then
+  bool given = false;            // on_rows fills z, or `kept` holds it, which is no product then
+  // [N, kept_stride(K)] Real, where there is no second tile: z of all rows is formed in it, and stays.
+  void* kept = nullptr;
+  static int64_t kept_stride(int64_t K) { return K + 16; }
 
   // Sizes of tiles, from what was set above.
   void plan();
@@ -73,6 +76,7 @@ class Walk {
   int64_t slice() const { return slice_; }                // classes
   bool whole_rows() const { return slice_ >= w.rows(); }  // a tile has all classes
   bool one_wave() const { return wave_ >= x.rows(); }     // a tile has all rows
+  bool once() const { return whole_ || one_wave(); }      // no tile is formed a second time
 
   // `on_rows` is called by one thread a part; `on_columns` afterwards, with all rows of the wave and some columns.
   using Visit = std::function<void(const Part&)>;
@@ -84,6 +88,7 @@ class Walk {
   bool narrowed() const { return x.read() == Storage::kBFloat16 && (dx || dw); }
   bool direct(const Gradient& gradient) const;
   int64_t real() const { return wide() ? 8 : 4; }
+  int64_t kept_bytes() const { return kept ? x.rows() * kept_stride(w.rows()) * real() : 0; }
   void allocate(Workspace& workspace);
   void visit(const Place& place, const Visit& on_rows, const Visit& on_columns);
   void form(const Place& place, int64_t first, int64_t count, const Visit& on_rows);
@@ -91,7 +96,7 @@ class Walk {
   Tile tile(void* data, int64_t row, int64_t rows, int64_t column, int64_t columns) const;
   Matrix factor(void* reals, void* halves, int64_t row, int64_t column) const;
 
-  int64_t wave_ = 0, slice_ = 0, block_ = 0, stride_ = 0;
+  int64_t wave_ = 0, slice_ = 0, block_ = 0, stride_ = 0, half_stride_ = 0;
   bool whole_ = true;  // dw is added up for all classes at once
   void *z_ = nullptr, *t_ = nullptr, *z16_ = nullptr, *t16_ = nullptr;
   void *x_ = nullptr, *w_ = nullptr, *v_ = nullptr, *u_ = nullptr;

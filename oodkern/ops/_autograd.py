@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -41,6 +42,32 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
 
     parts = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (torch.autograd.Function,), parts)
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether numbers can be looked at: not those of fake tensors, of traces and of torch.vmap's batches."""
+    return (
+        _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and not any("Batched" in torch._C._dispatch_key_set(tensor) for tensor in tensors)
+    )
+
+
+def formed_with_values(*tensors: Tensor | None) -> bool:
+    """Whether gradients may be formed with a value, and are wanted.
+
+    Not where an upstream cannot be looked at (torch.compile, torch.func, fake tensors); nor where tensors are to be
+    saved elsewhere or formed again (saved-tensor hooks, checkpointing), since gradients would not be.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        any(tensor.requires_grad for tensor in given)
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and readable(*given)
+    )
 
 
 def _raw(name: str, *arguments: Any) -> Any:

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from oodkern.ops._autograd import apply
+from oodkern.ops._autograd import apply, formed_with_values, readable
 from oodkern.ops._checks import check_tensor, score_dtype
 from oodkern.ops._linear_score import LinearScoreGradient
 from oodkern.ops._product import check_beside, raw, wanted
@@ -58,39 +57,13 @@ class Upstream(NamedTuple):
         return Upstream(self.linear[rows], hinge, margin)
 
 
-def readable(*tensors: Tensor) -> bool:
-    """Whether numbers can be looked at: not those of fake tensors, of traces and of torch.vmap's batches."""
-    return (
-        _get_current_dispatch_mode() is None
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        and not any("Batched" in torch._C._dispatch_key_set(tensor) for tensor in tensors)
-    )
-
-
-def formed_with_values(*tensors: Tensor) -> bool:
-    """Whether gradients may be formed with a value, and are wanted.
-
-    Not where an upstream cannot be looked at (torch.compile, torch.func, fake tensors); nor where tensors are to be
-    saved elsewhere or formed again (saved-tensor hooks, checkpointing), since gradients would not be.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        and readable(*tensors)
-    )
-
-
 def can_foresee(backend: str, *tensors: Tensor | None) -> bool:
     """Whether gradients can be formed with the score of a product, and may be.
 
     On the CPU; not in float16, whose gradients would leave the range before the loss's scale is known.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    kinds = all(tensor.device.type == "cpu" and tensor.dtype != torch.float16 for tensor in given)
-    return backend == "native" and kinds and formed_with_values(*given)
+    kinds = all(t is None or (t.device.type == "cpu" and t.dtype != torch.float16) for t in tensors)
+    return backend == "native" and kinds and formed_with_values(*tensors)
 
 
 def factor_of(grad: Tensor, foreseen: Tensor, linear: Tensor, one_rounding: bool) -> float | None:

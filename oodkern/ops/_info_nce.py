@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodkern.ops._autograd import apply
+from oodkern.ops._autograd import apply, formed_with_values, readable
 from oodkern.ops._checks import score_dtype
-from oodkern.ops._foreseen import formed_with_values, pays_to_wait, readable
+from oodkern.ops._foreseen import pays_to_wait
 from oodkern.ops._product import gradient_like, no_second, one_by_one, raw, register_fake, wanted
 
 

@@ -8,7 +8,8 @@ cotangents V, U, c of the three gradients:
     d/dg = u               d/dX = (g q) W + (g p) U
     d/dW = (g q)^T X + (g p)^T V                  d/db = (g q)^T 1
 
-Every pass forms the logits of a tile anew and lets them go: memory is that of the arguments and the results.
+Every pass forms the logits of a tile anew and lets them go: memory is that of the arguments and the results. Where they
+take no more than a pass holds anyway, they stay: three products instead of four.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oodkern.ops._autograd import apply
+from oodkern.ops._autograd import apply, readable
 from oodkern.ops._checks import score_dtype
 from oodkern.ops._product import gradient_like, no_third, one_by_one, raw, register_fake, rows_folded, wanted
 
@@ -47,6 +48,41 @@ class LinearScore(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         return rows_folded(LinearScore, info, in_dims, arguments, by_row=(2,))
+
+
+class KeptLinearScore(torch.autograd.Function):
+    """On the CPU: the logits stay from the score to its gradients where they are few, and become their slopes."""
+
+    @staticmethod
+    def forward(
+        score: str, features: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        return raw("native", "linear_score_kept", score, features, weight, bias, temperature)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.score, features, weight, bias, ctx.temperature = inputs
+        value, logits = output
+        ctx.save_for_backward(features, weight, bias, value)
+        ctx.mark_non_differentiable(logits)
+        ctx.set_materialize_grads(False)
+        ctx.logits = logits if logits.dim() == 2 else None  # used once; a second backward pass forms them anew
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
+        if grad is None:
+            return (None,) * 5
+        needs = ctx.needs_input_grad[1:4]
+        features, weight, bias, value = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        if logits is not None and not torch.is_grad_enabled() and readable(grad):
+            tensors = (grad, logits, features, weight, value, ctx.temperature)
+            gradients = raw("native", "linear_score_backward_kept", ctx.score, *tensors, *needs)
+        else:
+            del logits
+            tensors = (grad, features, weight, bias, value.detach(), ctx.temperature)
+            gradients = apply(LinearScoreGradient, "native", ctx.score, *tensors, *needs)
+        return None, *wanted(gradients, needs), None
 
 
 class LinearScoreGradient(torch.autograd.Function):
@@ -174,7 +210,22 @@ def _fake_foreseen(
     return value, value.clone(), gradient if linear is not None else gradient.to(value.dtype), *others
 
 
+def _fake_kept(score: str, features: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """As where they are kept; nobody asks for it: see `formed_with_values`."""
+    value = _fake_score(score, features)
+    return value, value.new_empty(len(features), len(weight) + 16)
+
+
+def _fake_gradient_of_kept(
+    score: str, grad: Tensor, logits: Tensor, features: Tensor, weight: Tensor, value: Tensor, temperature: float,
+    *wanted: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _fake_gradient(score, grad, features, weight, weight[:, 0], value, temperature, *wanted)
+
+
 register_fake("linear_score", _fake_score)
+register_fake("linear_score_kept", _fake_kept)
+register_fake("linear_score_backward_kept", _fake_gradient_of_kept)
 register_fake("linear_score_backward", _fake_gradient)
 register_fake("linear_score_double_backward", _fake_curvature)
 register_fake("linear_score_foreseen", _fake_foreseen)

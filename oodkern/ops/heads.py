@@ -24,9 +24,9 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import DTYPES, backend_for
-from oodkern.ops._autograd import _over_rows, apply
+from oodkern.ops._autograd import _over_rows, apply, formed_with_values, readable
 from oodkern.ops._checks import check_logits, check_margin, check_tensor, score_dtype
-from oodkern.ops._foreseen import factor_of, formed_with_values, readable
+from oodkern.ops._foreseen import factor_of
 from oodkern.ops._product import check_beside, no_second, raw, register_fake
 
 LABELS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

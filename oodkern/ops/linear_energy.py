@@ -12,10 +12,10 @@ from torch import Tensor
 
 from oodkern import reference
 from oodkern.backends import backend_for
-from oodkern.ops._autograd import apply
+from oodkern.ops._autograd import apply, formed_with_values
 from oodkern.ops._checks import check_temperature
 from oodkern.ops._foreseen import ForeseenScore, Passes, Upstream, WaitingScore, can_foresee, can_wait
-from oodkern.ops._linear_score import LinearScore, LinearScoreGradient
+from oodkern.ops._linear_score import KeptLinearScore, LinearScore, LinearScoreGradient
 from oodkern.ops._product import autocast, check_head, mixed_backend, raw
 
 
@@ -124,6 +124,8 @@ def _linear_score(
         return apply(ForeseenScore, score, features, weight, bias, temperature, *upstream.detached(), *needs)[0]
     if can_wait(backend, features, weight, bias):
         return apply(WaitingScore, _passes(score, temperature), features, weight, bias)[0]
+    if backend == "native" and features.device.type == "cpu" and formed_with_values(features, weight, bias):
+        return apply(KeptLinearScore, score, features, weight, bias, temperature)[0]
     return apply(LinearScore, backend, score, features, weight, bias, temperature)
 
 

@@ -152,7 +152,7 @@ def test_without_a_gap_the_parts_may_be_formed_apart():
         assert ("gap" in parts) == (beta > 0)
 
 
-@pytest.mark.parametrize(("beta", "products"), [(0.0, 3), (0.1, 4)])
+@pytest.mark.parametrize(("beta", "products"), [(0.0, 3), (0.1, 1)])
 @pytest.mark.parametrize("style", ["split", "mixed"])
 def test_gradients_are_formed_with_the_scores(style, beta, products):
     """From features: where no gap makes slopes depend on other rows."""
@@ -160,8 +160,10 @@ def test_gradients_are_formed_with_the_scores(style, beta, products):
     leaves = [tensor.requires_grad_() for tensor in tensors]
     before = torch.ops.oodkern.multiplications()
     value = calls(EDGELoss(beta=beta), target)[style][0](*leaves)
+    size = (N + M) * K * tensors[0].shape[1]
+    assert torch.ops.oodkern.multiplications() - before == products * size
     torch.autograd.grad(0.3 * value, leaves)
-    assert torch.ops.oodkern.multiplications() - before == products * (N + M) * K * tensors[0].shape[1]
+    assert torch.ops.oodkern.multiplications() - before == 3 * size
 
 
 def test_rows_of_zeros_as_targets_are_in_distribution():

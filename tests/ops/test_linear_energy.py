@@ -1,5 +1,7 @@
 """Room `linear_energy`: what is special to it; the rest is the bar's."""
 
+import math
+
 import pytest
 import torch
 from bar_product import ProductBar
@@ -21,10 +23,10 @@ SHAPES += [head(9, 1100, 6), head(33, 64, 100)]
 
 
 def largest_logit(x, w, b=None):
-    """Rounding E, as large as the logits, moves E / T and with it every softmax of the row by that much; and logits
-    are sums of D products."""
+    """Rounding E, as large as the logits and log K, moves E / T and with it every softmax of the row by that much; and
+    logits are sums of D products."""
     z = reference.linear(x, w, b).detach()
-    return float(z.abs().max() if z.numel() else 0) + x.shape[1] ** 0.5
+    return float(z.abs().max() if z.numel() else 0) + math.log(max(len(w), 1)) + x.shape[1] ** 0.5
 
 
 def eager_energy(x, w, b=None, temperature=1.0):
@@ -212,8 +214,8 @@ def test_linear_scores_is_one_pass():
     forward, value = products_of(lambda: oodkern.linear_energy(x, w, b))
     assert forward == 1
     g = like(value).requires_grad_()
-    # The logits once more, and one product a gradient that has rows; of features alone it is there already.
-    for wanted, expected in (((x,), 0), ((w,), 2), ((b,), 1), ((x, w, b), 3)):
+    # One product a gradient that has rows, of the logits that are there still; of features alone it is there already.
+    for wanted, expected in (((x,), 0), ((w,), 1), ((b,), 0), ((x, w, b), 2)):
         leaves = [t.detach().requires_grad_(any(t is other for other in wanted)) for t in (x, w, b)]
         again = oodkern.linear_energy(*leaves)
         to = [leaf for leaf in leaves if leaf.requires_grad]

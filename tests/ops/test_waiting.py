@@ -67,8 +67,9 @@ def against_float64(name, shape, dtype):
 @pytest.mark.parametrize("name", SCORES)
 def test_gradients(name, shape, dtype):
     few_for_16_bits = shape[2] < 128 and dtype.itemsize == 2
+    formed_again = few_for_16_bits and (name == "alignment" or dtype == torch.float16)  # bfloat16 logits are kept
     count = against_float64(name, shape, dtype)
-    assert count == (0 if 0 in shape else 3 if few_for_16_bits else 2)
+    assert count == (0 if 0 in shape else 3 if formed_again else 2)
 
 
 @pytest.mark.parametrize("instructions", _native.instruction_sets())
