@@ -94,6 +94,9 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "distillation_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor shares, "
       "float temperature) -> Tensor");
 
+  // matrix[index_n] += rows_n, rounded once a row of the matrix.
+  m.def("add_rows_(Tensor(a!) matrix, Tensor rows, Tensor index) -> ()");
+
   // Room `select`.
   m.def("nearest_center(Tensor features, Tensor centers, bool normalize=False) -> (Tensor, Tensor)");
   m.def("cluster_extremes(Tensor score, Tensor cluster, int clusters, int per_side) -> (Tensor, Tensor)");

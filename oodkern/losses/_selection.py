@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oodkern import _native
+from oodkern.ops._autograd import readable
 from oodkern.ops._checks import score_dtype
-from oodkern.ops._product import one_by_one
+from oodkern.ops._product import one_by_one, register_fake
 
 # Numbers of a temporary: 4 MiB in float32.
 CHUNK = 1 << 20
@@ -46,19 +48,17 @@ def select(matrix: Tensor, selection: Tensor | None) -> Tensor:
 def spread_(gradient: Tensor, rows: Tensor, selection: Tensor | None) -> Tensor:
     """G + A^T H into G, formed in the dtype of H and rounded to that of G once."""
     if selection is not None and selection.dim() == 1:
-        # Rows of one class are summed at the first of them, so that 16-bit gradients are rounded once, not once for
-        # each; all of them then write the same numbers. On a GPU index_add_ adds in any order, index_put_ in a fixed
-        # one; on a CPU both do, the latter at seven times the cost.
+        # Rows of one class are summed first, so that 16-bit gradients are rounded once, not once for each.
+        native = gradient.device.type == "cpu" and not _native.missing["cpu"] and not torch.compiler.is_compiling()
+        if native and readable(gradient, rows, selection):
+            torch.ops.oodkern.add_rows_(gradient, rows, selection)
+            return gradient
+        # Summed at the first of them; all then write the same numbers. index_put_ adds in a fixed order, also on a GPU.
         N, K = len(selection), len(gradient)
         order = torch.arange(N, device=selection.device)
         first = selection.new_full((K,), N).scatter_reduce(0, selection, order, "amin")[selection]
-        total = torch.zeros_like(rows)
-        if rows.device.type == "cpu":
-            total.index_add_(0, first, rows)
-        else:
-            total.index_put_((first,), rows, accumulate=True)
-        own = gradient.index_select(0, selection).to(rows.dtype)
-        return gradient.index_put_((selection,), own.add_(total.index_select(0, first)).to(gradient.dtype))
+        total = torch.zeros_like(rows).index_put_((first,), rows, accumulate=True)[first]
+        return gradient.index_put_((selection,), (gradient[selection].to(rows.dtype) + total).to(gradient.dtype))
     K, D = gradient.shape
     for classes in chunks(K, max(D, len(rows))):
         own = gradient[classes].to(rows.dtype)
@@ -111,3 +111,6 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         return one_by_one(Spread, info, in_dims, arguments)
+
+
+register_fake("add_rows_", lambda matrix, rows, index: None)

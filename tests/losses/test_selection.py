@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import allocations, like
 
+from oodkern import _native
 from oodkern.losses import _selection
 from oodkern.losses._selection import Select, Spread
 
@@ -13,6 +14,12 @@ SELECTIONS = {
     "classes": torch.tensor([2, 0, 2, 2, 3, 0]),
     "labels": torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 1], [1, 0, 1, 0]]),
 }
+
+
+@pytest.fixture(autouse=True, params=["native", "PyTorch"])
+def kernels(request, monkeypatch):
+    if request.param == "PyTorch":  # as on a GPU
+        monkeypatch.setitem(_native.missing, "cpu", "it is not to be used")
 
 
 @pytest.fixture(params=SELECTIONS)
@@ -88,3 +95,29 @@ def test_a_gradient_that_is_shared_is_left_alone(selection, chosen):
     through, rows = Select.apply(matrix, selection)
     (found,) = torch.autograd.grad(through.sum() + rows.sum(), matrix)
     torch.testing.assert_close(found, 1 + chosen.sum(0)[:, None].expand(K, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_added(dtype):
+    """As index_add_ adds them, of many rows to few places and of few to many."""
+    for rows, places in ((500, 7), (7, 500), (1, 1), (0, 3)):
+        matrix, index = torch.randn(places, 33).to(dtype), torch.randint(0, places, (rows,))
+        added = torch.randn(rows, 66, dtype=torch.promote_types(dtype, torch.float32))[:, ::2]
+        exact = matrix.double().index_add_(0, index, added.double())
+        torch.ops.oodkern.add_rows_(matrix, added, index)
+        torch.testing.assert_close(matrix.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+
+
+def test_the_raw_op():
+    matrix, rows, index = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 3, 3, 1, 0])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # traced it would run twice on one matrix
+    torch.library.opcheck(torch.ops.oodkern.add_rows_.default, (matrix, rows, index), test_utils=checks)
+    for arguments, message in (
+        ((matrix, rows[:, :2], index), "rows: expected as many columns as the matrix"),
+        ((matrix, rows.double(), index), "rows: expected as many columns as the matrix"),
+        ((matrix, rows, index[:2]), "index: expected one int64 a row"),
+        ((matrix, rows, index + 1), r"index: expected 0\.\.3"),
+        ((matrix.T.contiguous().T, rows, index), "matrix: expected a contiguous one"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.oodkern.add_rows_(*arguments)
