@@ -7,10 +7,15 @@ from oodkern.benchmarks.rooms.distill import distillation
 
 N, K = 4_096, 1_000
 TARGET = 4.0  # times the base's speed, on 2 cores
+WHY = (
+    "Arithmetic is what it waits for, not memory: 1.1 ns an element and core for the value and 0.8 for the gradient, of "
+    "rows in cache as of others; the energy, one exponential an element, takes 0.35, and here are two a pass beside a "
+    "term that does not cancel."
+)
 CASES = [
     distillation(N=N, K=K, dtype="float32", passes="forward"),
-    distillation(N=N, K=K, dtype="float32", passes="backward", target=TARGET),
-    distillation(N=N, K=K, dtype="bfloat16", passes="backward", target=TARGET),
+    distillation(N=N, K=K, dtype="float32", passes="backward", target=TARGET, why=WHY),
+    distillation(N=N, K=K, dtype="bfloat16", passes="backward", target=TARGET, why=WHY),
 ]
 GPU = [
     distillation(N=65_536, K=K, dtype=dtype, passes=passes)

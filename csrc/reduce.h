@@ -32,6 +32,7 @@ namespace oodkern {
 template <class Math>
 struct LogSumExp {
   using Real = typename Math::Real;
+  using Arithmetic = Math;
   using Sum = typename Math::Sum;
   static constexpr bool kPivot = true;
   struct State {
@@ -75,6 +76,7 @@ struct LogSumExp {
 template <class Math>
 struct SoftplusSum {
   using Real = typename Math::Real;
+  using Arithmetic = Math;
   using Sum = typename Math::Sum;
   static constexpr bool kPivot = false;
   struct State {
@@ -185,6 +187,7 @@ OODKERN_HOST_DEVICE bool is_foreseen(Real upstream, Real foreseen) {
 template <class Math>
 struct AbsSum {
   using Real = typename Math::Real;
+  using Arithmetic = Math;
   using Sum = typename Math::Sum;
   static constexpr bool kPivot = false;
   struct State {

@@ -45,8 +45,8 @@ def linear_energy(
         bias: [K] or None.
         temperature: T > 0, in units of the logits.
         upstream: what the gradient that comes back will be, where the caller can tell (see `Upstream`): on the CPU
-            gradients are then formed with the energies and held until the backward pass, of three products instead of
-            four, where rows of logits fit into what is held, or their bfloat16 slopes into the weight's gradient.
+            gradients are then formed with the energies and held until the backward pass, of three products whatever N,
+            where rows of logits fit into what is held, or their bfloat16 slopes into the weight's gradient.
 
     Returns:
         [N], in units of the logits; float32 (float64 for float64 features), also under autocast, and with logits
@@ -56,11 +56,12 @@ def linear_energy(
     what they are of and are accumulated in float32 at least (of slopes that are rounded to bfloat16 where processors
     multiply that, and to 16 bits on GPUs). Beyond arguments, results and gradients it holds at most 16 MiB on the CPU,
     where matrices without dense rows are copied first, and on a GPU a wave of slopes (mostly 30 MB) and the float32
-    sums of the weight's gradient, whatever N. On the CPU, where weight and bias need no gradient, that of the features
-    is formed with the energies (of 16-bit features from 128 classes on) and waits for its upstream, [N, D] in the dtype
-    of the energies: two products instead of three, of which `torch.no_grad` saves one where no backward pass is to
-    come. A second backward pass and a second derivative form it anew. Raises TypeError or ValueError for an argument of
-    the wrong kind or shape.
+    sums of the weight's gradient, whatever N. On the CPU logits of dense float32 (or float64) matrices stay in those 16
+    MiB for the backward pass where all of them fit, of bfloat16 in 8: three products instead of four. Where weight and
+    bias need no gradient, that of the features is formed with the energies (of 16-bit features from 128 classes on) and
+    waits for its upstream, [N, D] in the dtype of the energies: two products, of which `torch.no_grad` saves one where
+    no backward pass is to come. A second backward pass and a second derivative form all of it anew. Raises TypeError or
+    ValueError for an argument of the wrong kind or shape.
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """

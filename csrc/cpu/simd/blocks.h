@@ -3,11 +3,8 @@
 
 #include "../../reduce.h"
 #include "../rows.h"
+#include "exponentials.h"
 #include "math.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace oodkern::OODKERN_ISA {
 
@@ -45,9 +42,7 @@ OODKERN_INLINE void narrow(const Real* buffer, int64_t size, Stored* block) {
 }
 
 #if defined(__AVX512F__)
-// One instruction each where load and store take a dozen, which is what float16 rows wait for. (With all lanes named:
-// GCC 12 warns of uninitialised lanes in its own header otherwise.)
-constexpr __mmask16 kAllLanes = 0xffff;
+// One instruction each where load and store take a dozen, which is what float16 rows wait for.
 OODKERN_INLINE const float* widen(const Float16* block, int64_t size, float* buffer) {
   int64_t k = 0;
   for (; k + 16 <= size; k += 16) {
@@ -98,15 +93,17 @@ constexpr bool kCostlyLoad<Float16> = true;
 template <class Reducer, class Stored>
 OODKERN_INLINE typename Reducer::State reduce_block(const Reducer& reducer, const Stored* z, int64_t size) {
   using Real = typename Reducer::Real;
-  Real pivot = Reducer::init().maximum;
+  using Math = typename Reducer::Arithmetic;
   if constexpr (Reducer::kPivot) {
-#pragma omp simd reduction(max : pivot)
-    for (int64_t k = 0; k < size; ++k) pivot = Reducer::pivot(load(z[k]), pivot);
-  }
-  Real sum = 0;
+    const Real pivot = largest<Math>(z, size);
+    return {pivot, sum_of_exponentials<Math>(z, size, Reducer::finite(pivot), reducer.scale)};
+  } else {
+    const Real pivot = Reducer::init().maximum;
+    Real sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < size; ++k) sum += reducer.add(load(z[k]), pivot);
-  return {pivot, sum};
+    for (int64_t k = 0; k < size; ++k) sum += reducer.add(load(z[k]), pivot);
+    return {pivot, sum};
+  }
 }
 
 // Memory of one thread for as long as it works on rows. (Not a std::vector: see math.h on inline functions.)
@@ -123,17 +120,8 @@ struct Scratch {
 template <class Math>
 OODKERN_INLINE typename LogSumExp<Math>::State keep_block(const LogSumExp<Math>& reducer, const typename Math::Real* z,
                                                           int64_t size, typename Math::Real* kept) {
-  using Real = typename Math::Real;
-  Real pivot = LogSumExp<Math>::init().maximum;
-#pragma omp simd reduction(max : pivot)
-  for (int64_t k = 0; k < size; ++k) pivot = LogSumExp<Math>::pivot(z[k], pivot);
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < size; ++k) {
-    kept[k] = reducer.add(z[k], pivot);
-    sum += kept[k];
-  }
-  return {pivot, sum};
+  const auto pivot = largest<Math>(z, size);
+  return {pivot, exponentials<Math>(z, size, LogSumExp<Math>::finite(pivot), reducer.scale, 1, kept)};
 }
 // What makes shares of a block's kept exponentials.
 template <class Math>

@@ -76,8 +76,7 @@ void contrast(const Tile& tile, const Contrast& c, double* product) {
       for (int64_t at = 0; at < tile.columns; at += kBlock) {
         const int64_t size = block_size(tile.columns, at);
         Real* z = z_row + at;
-#pragma omp simd
-        for (int64_t k = 0; k < size; ++k) grad[k] = a * reducer.slope(z[k], lse);
+        slopes(reducer, z, size, lse, a, grad);
         if (b) {
 #pragma omp simd
           for (int64_t k = 0; k < size; ++k) grad[k] += b[at + k] * reducer.slope(z[k], column_lse[at + k]);

@@ -66,6 +66,8 @@ void backward(const DistillCall& call, int64_t begin, int64_t end) {
   alignas(64) Real s_buffer[kBlock];
   alignas(64) Real t_buffer[kBlock];
   alignas(64) Real grad_buffer[kBlock];
+  alignas(64) Real p[kBlock];
+  alignas(64) Real q[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     const void* student = row_at(call.student, call.student_storage, row * call.student_stride);
     const void* teacher = row_at(call.teacher, call.teacher_storage, row * call.teacher_stride);
@@ -80,12 +82,12 @@ void backward(const DistillCall& call, int64_t begin, int64_t end) {
       const Real* s = read(call.student_storage, student, at, size, s_buffer);
       const Real* t = read(call.teacher_storage, teacher, at, size, t_buffer);
       Real* grad = target(grad_row + at, grad_buffer);
+      exponentials<Math>(t, size, of_teacher.maximum, divergence.scale, of_teacher.reciprocal, p);
+      exponentials<Math>(s, size, of_student.maximum, divergence.scale, of_student.reciprocal, q);
 #pragma omp simd
       for (int64_t k = 0; k < size; ++k) {
-        const Real p = of_teacher.probability(t[k], divergence.scale),
-                   q = of_student.probability(s[k], divergence.scale);
         const Real u = divergence.log_ratio(t[k], s[k], of_teacher, of_student, log_sums);
-        grad[k] = scale * Divergence<Math>::slope(p, q, u);
+        grad[k] = scale * Divergence<Math>::slope(p[k], q[k], u);
       }
       narrow(grad, size, grad_row + at);
     }

@@ -73,26 +73,19 @@ void forward(const HeadCall& call, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const Stored* z_row = static_cast<const Stored*>(call.logits) + row * call.logits_stride;
     const Real* z = widen(z_row, call.columns, kept.data);
-    Real maximum = Reducer::init().maximum;
-#pragma omp simd reduction(max : maximum)
-    for (int64_t k = 0; k < call.columns; ++k) maximum = Reducer::pivot(z[k], maximum);
+    const Real maximum = largest<Math>(z, call.columns);
     typename Reducer::State state{maximum, 0};
     const Real pivot = Reducer::finite(maximum);
     double linear = 0;  // sum of z - pivot
     for (int64_t at = 0; at < call.columns; at += kBlock) {
       const int64_t end_of_block = at + block_size(call, at);
-      Real part = 0, sum = 0;
+      Real part = 0;
       if (call.head == Head::kUniform) {
 #pragma omp simd reduction(+ : part)
         for (int64_t k = at; k < end_of_block; ++k) part += z[k] - pivot;
       }
-#pragma omp simd reduction(+ : sum)
-      for (int64_t k = at; k < end_of_block; ++k) {
-        kept.data[k] = reducer.add(z[k], pivot);
-        sum += kept.data[k];
-      }
       linear += double(part);
-      state.sum += sum;
+      state.sum += exponentials<Math>(z + at, end_of_block - at, pivot, reducer.scale, 1, kept.data + at);
     }
     const auto softmax = Softmax<Math>::of(state);
     const bool none = state.sum == 0;  // a row of all -inf has E = +inf and slope 0
@@ -141,8 +134,9 @@ void backward(const HeadCall& call, int64_t begin, int64_t end) {
       const int64_t size = block_size(call, at);
       const Real* z = widen(z_row + at, size, z_buffer);
       Real* grad = target(grad_row + at, grad_buffer);
+      exponentials<Math>(z, size, rows[0], reducer.scale, 1, grad);
 #pragma omp simd
-      for (int64_t k = 0; k < size; ++k) grad[k] = slope(reducer.add(z[k], rows[0]));
+      for (int64_t k = 0; k < size; ++k) grad[k] = slope(grad[k]);
       narrow(grad, size, grad_row + at);
     }
   }

@@ -52,15 +52,14 @@ struct Float {
   static OODKERN_INLINE Real power_of_two(Real shifted) { return as_float(as_bits(shifted) << 23); }
 
   // 2^x = 2^n 2^r, |r| <= 1/2; 2^r - 1 = r q(r), a minimax fit with relative error 9.2e-8.
+  static constexpr float kExp2[5] = {1.32646640e-03f, 9.67152705e-03f, 5.55073432e-02f, 2.40222420e-01f,
+                                     6.93146983e-01f};
   static OODKERN_INLINE Real exp2(Real x) {
     const float clamped = clamp(x);
     const float shifted = clamped + kRound;
     const float r = clamped - (shifted - kRound);
-    float q = 1.32646640e-03f;
-    q = q * r + 9.67152705e-03f;
-    q = q * r + 5.55073432e-02f;
-    q = q * r + 2.40222420e-01f;
-    q = q * r + 6.93146983e-01f;
+    float q = kExp2[0];
+    for (int i = 1; i < 5; ++i) q = q * r + kExp2[i];
     return (q * r + 1.0f) * power_of_two(shifted);
   }
 

@@ -41,8 +41,7 @@ void backward(const Reducer& reducer, const RowCall& call, int64_t begin, int64_
       const int64_t size = call.columns - at < kBlock ? call.columns - at : kBlock;
       const Real* z = widen(z_row + at, size, z_buffer);
       Real* grad = target(grad_row + at, grad_buffer);
-#pragma omp simd
-      for (int64_t k = 0; k < size; ++k) grad[k] = scale * reducer.slope(z[k], value);
+      slopes(reducer, z, size, value, scale, grad);
       narrow(grad, size, grad_row + at);
     }
   }

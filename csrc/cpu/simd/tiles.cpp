@@ -127,9 +127,7 @@ void slope(const Tile& tile, Reduce how, const void* value, const void* scale) {
     using Real = typename decltype(math)::Real;
     for (int64_t row = 0; row < tile.rows; ++row) {
       Real* z = row_of<Real>(tile, row);
-      const Real v = reals<Real>(value)[row], g = reals<Real>(scale)[row];
-#pragma omp simd
-      for (int64_t k = 0; k < tile.columns; ++k) z[k] = g * reducer.slope(z[k], v);
+      slopes(reducer, z, tile.columns, reals<Real>(value)[row], reals<Real>(scale)[row], z);
     }
   });
 }
