@@ -9,8 +9,8 @@ N, K = 4_096, 1_000
 TARGET = 4.0  # times the base's speed, on 2 cores
 WHY = (
     "Arithmetic is what it waits for, not memory: 0.8 ns an element and core for the value and 0.6 to 0.7 for the "
-    "gradient, of rows in cache too; the energy, one exponential an element, takes 0.25, and here are two a pass beside "
-    "a term that does not cancel."
+    "gradient, of rows in cache too; the energy, one exponential an element, takes 0.25, and here are two a pass "
+    "beside a term that does not cancel."
 )
 CASES = [
     distillation(N=N, K=K, dtype="float32", passes="forward"),

@@ -6,8 +6,8 @@ from oodkern.benchmarks.rooms.losses import loss_step
 
 D = 512
 WHY = (
-    "Four fifths of the time are the products and what is done to their tiles; the rest are PyTorch's calls around them, "
-    "of which one cross-entropy has fewer."
+    "Four fifths of the time are the products and what is done to their tiles; the rest are PyTorch's calls "
+    "around them, of which one cross-entropy has fewer."
 )
 CASES = [
     loss_step(loss="cross_entropy", N=512, M=0, D=D, K=1_000, dtype="float32", why=WHY),

@@ -6,8 +6,8 @@ from oodkern.benchmarks.growth import Sweep
 from oodkern.benchmarks.rooms.pairwise_hinge import pairwise_hinge
 
 WHY = (
-    "What is left is autograd's: of a Function that computes nothing value and gradients take 28 us, our kernel 9. Who is "
-    "told the upstream forms gradients without autograd."
+    "What is left is autograd's: of a Function that computes nothing value and gradients take 28 us, our kernel "
+    "9. Who is told the upstream forms gradients without autograd."
 )
 CASES = [pairwise_hinge(N=64, M=128, why=WHY), pairwise_hinge(N=4_096, M=100_000, target=2.0)]
 GPU = CASES

@@ -6,8 +6,8 @@ from oodkern.benchmarks.growth import Sweep
 from oodkern.benchmarks.rooms.subspace import alignment, subspace_energy
 
 WHY = (
-    "The rival assumes that the basis is orthonormal and knows the upstream: value and gradient of two products. Ours "
-    "takes any basis, and an upstream that comes later: two for the value, two for the gradient."
+    "The rival assumes that the basis is orthonormal and knows the upstream: value and gradient of two products. "
+    "Ours takes any basis, and an upstream that comes later: two for the value, two for the gradient."
 )
 CASES = [
     alignment(N=32_768, D=512, K=1_000, dtype="float32", passes="forward"),
