@@ -11,7 +11,7 @@ WHY = (
 )
 CASES = [
     loss_step(loss="cross_entropy", N=512, M=0, D=D, K=1_000, dtype="float32", why=WHY),
-    loss_step(loss="cross_entropy", N=256, M=0, D=D, K=21_841, dtype="float32"),
+    loss_step(loss="cross_entropy", N=128, M=0, D=D, K=21_841, dtype="float32"),
     loss_step(loss="energy", N=512, M=512, D=D, K=1_000, dtype="float32", why=WHY),
     loss_step(loss="energy", N=256, M=256, D=D, K=21_841, dtype="bfloat16"),
     loss_step(loss="outlier_exposure", N=128, M=128, D=D, K=21_841, dtype="float32"),

@@ -29,7 +29,7 @@ from oodkern.pools import CHUNK_ROWS, FeatureStore, score_pool
 FOLDER = Path(tempfile.gettempdir()) / f"oodkern-pools-{os.getpid()}"  # the files of this run, its children's too
 D = 128
 # Rows by classes: of a thousand, eager PyTorch takes eight seconds a million.
-ROWS = {100: 500_000, 1_000: 100_000}
+ROWS = {100: 500_000, 1_000: 50_000}
 SAMPLE = 2_000  # rows whose scores are compared with float64
 BLOCK = 100_000
 BARE = "bare product"

@@ -157,7 +157,7 @@ class Steps(dict):
 
 
 def sizes_of(images, width):
-    """Of a step's images a third is known, as 64 of 192 are."""
+    """Of a step's images a third is known, as 32 of 96 are."""
     known = images // 3
     return f"optimizer.batch_size={known}", f"optimizer.outlier_batch_size={images - known}", f"model.width={width}"
 
@@ -198,7 +198,7 @@ def methods(*, kind: str, images: int, width: int) -> Case:
     )
 
 
-CASES = [methods(kind=kind, images=192, width=16) for kind in OVERRIDES]
+CASES = [methods(kind=kind, images=96, width=16) for kind in OVERRIDES]
 
 test_methods = contests(CASES)
 

@@ -10,12 +10,12 @@ WHY = (
     "Ours takes any basis, and an upstream that comes later: two for the value, two for the gradient."
 )
 CASES = [
-    alignment(N=32_768, D=512, K=1_000, dtype="float32", passes="forward"),
-    alignment(N=16_384, D=512, K=1_000, dtype="float32", passes="backward"),
+    alignment(N=16_384, D=512, K=1_000, dtype="float32", passes="forward"),
+    alignment(N=8_192, D=512, K=1_000, dtype="float32", passes="backward"),
     alignment(N=32_768, D=512, K=10, dtype="float32", passes="backward"),
-    subspace_energy(N=8_192, D=2_048, r=128, dtype="float32", passes="forward"),
-    subspace_energy(N=8_192, D=2_048, r=128, dtype="float32", passes="backward", why=WHY),
-    subspace_energy(N=8_192, D=2_048, r=128, dtype="bfloat16", passes="backward", why=WHY),
+    subspace_energy(N=4_096, D=2_048, r=128, dtype="float32", passes="forward"),
+    subspace_energy(N=4_096, D=2_048, r=128, dtype="float32", passes="backward", why=WHY),
+    subspace_energy(N=4_096, D=2_048, r=128, dtype="bfloat16", passes="backward", why=WHY),
 ]
 GPU = [
     *(alignment(N=1_048_576, D=512, K=1_000, dtype=d, passes="forward") for d in ("float32", "bfloat16")),

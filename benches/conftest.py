@@ -25,8 +25,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--seconds",
         type=float,
-        default=0.7,
-        help="that the turns of a case take together, five turns at least (default 0.7)",
+        default=0.5,
+        help="that the turns of a case take together, five turns at least (default 0.5)",
     )
     group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--save", action="store_true", help="keep the run in benches/results/MACHINE/DATE-COMMIT.json")

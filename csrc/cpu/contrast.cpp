@@ -184,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_foreseen(const Tenso
   Workspace workspace(queries);
   Walk walk(pair.q, pair.k);
   walk.prefers_whole_rows = true;
+  walk.rows_a_thread = 256;  // of 4,096 keys half of what is held, for 3 % of the time
   if (for_queries) walk.dx = &of_queries;
   if (for_keys) walk.dw = &of_keys;
   walk.plan();

@@ -48,7 +48,7 @@ void Walk::plan() {
     whole_ = K * D * real() <= kWorkspaceBytes * 2 / 5;
     if (whole_) budget -= K * D * real();
   }
-  wave_ = std::min(std::max<int64_t>(N, 1), std::min<int64_t>(512 * threads(), 4096));
+  wave_ = std::min(std::max<int64_t>(N, 1), std::min<int64_t>(rows_a_thread * threads(), 4096));
   slice_ = std::min<int64_t>(std::max<int64_t>(K, 1), 1024);
   const auto needs = [&](int64_t R, int64_t S) {
     int64_t bytes = (second ? 2 : 1) * R * (S + 16) * ((kept ? 0 : real()) + (narrowed() ? 2 : 0));

@@ -64,6 +64,7 @@ class Walk {
   const void* bias_t = nullptr;  // [K] Real, added to t
   // Rather all classes at once and fewer rows, where that is not too few and all sums fit.
   bool prefers_whole_rows = false;
+  int64_t rows_a_thread = 512;   // of a wave, at most
   double* column_sum = nullptr;  // [K], added up of the tile that multiplies w
   bool given = false;            // on_rows fills z, or `kept` holds it, which is no product then
   // [N, kept_stride(K)] Real, where there is no second tile: z of all rows is formed in it, and stays.
