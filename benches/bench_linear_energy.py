@@ -15,7 +15,7 @@ UPSTREAM = (
 )
 CASES = [
     # A pool of a million rows, on a GPU; here its head and some of its rows.
-    linear_score(N=16_384, D=512, K=1_000, dtype="float32", passes="forward", target=1.5, memory_share=SHARE),
+    linear_score(N=32_768, D=512, K=1_000, dtype="float32", passes="forward", target=1.5, memory_share=SHARE),
     linear_score(
         N=32_768, D=512, K=1_000, dtype="bfloat16", passes="forward", target=2.8, memory_share=SHARE, why=PRODUCT
     ),

@@ -77,8 +77,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_score_backward(std::string score, cons
 // Whether the logits are few enough to be kept from the score to its gradients, within what either holds at most.
 bool keeps(const LinearHead& head, const Tensor& features, const Tensor& weight) {
   if (!head.x.in_place() || !head.w.in_place()) return false;
-  const int64_t bytes = head.x.rows() * Walk::kept_stride(head.w.rows()) * (head.wide ? 8 : 4);
-  if (head.x.read() != Storage::kBFloat16) return bytes + head.w.rows() * 16 <= kKeptBytes;
+  const int64_t K = head.w.rows(), bytes = head.x.rows() * Walk::kept_stride(K) * (head.wide ? 8 : 4);
+  // Of few classes the product takes no longer than logits to memory and back: 65,536 x 256 x 19 gains nothing.
+  if (K < 64 && bytes > int64_t(1) << 20) return false;
+  if (head.x.read() != Storage::kBFloat16) return bytes + K * 16 <= kKeptBytes;
   char some;
   Gradient of_features{features}, of_weight{weight};
   Walk walk(head.x, head.w);

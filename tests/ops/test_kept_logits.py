@@ -119,6 +119,8 @@ def test_a_second_backward_pass(name):
     (4096, 1000, torch.float64, False),
     (1900, 1000, torch.bfloat16, True),
     (4096, 1000, torch.bfloat16, False),
+    (7000, 19, torch.float32, True),
+    (8000, 19, torch.float32, False),
 ])  # fmt: skip
 def test_how_many_are_kept(N, K, dtype, kept):
     """Never more than 16 MiB, from the forward to the backward pass and within either."""
