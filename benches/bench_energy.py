@@ -18,7 +18,7 @@ WHYS = {
         "twice as wrong."
     ),
     ("joint_energy", "backward", "float32"): (
-        "Two thirds of the time are the first touch of 65 MB of results, which all pay: rows in cache take a third of it."
+        "Two thirds of the time are the first touch of 65 MB of results, which all pay: rows in cache take the rest."
     ),
 }
 CASES = [
