@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(oodkern, m) {
       "(Tensor, Tensor)");
   m.def(
       "linear_score_backward_kept(str score, Tensor grad, Tensor(a!) logits, Tensor features, Tensor weight, "
-      "Tensor value, float temperature, bool for_features, bool for_weight, bool for_bias) -> "
+      "Tensor? bias, Tensor value, float temperature, bool for_features, bool for_weight, bool for_bias) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
       "linear_score_double_backward(str score, Tensor? features_cotangent, Tensor? weight_cotangent, "

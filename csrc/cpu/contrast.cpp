@@ -177,10 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_foreseen(const Tenso
   check_same_columns(keys, "keys", queries);
   const Pair pair(queries, keys, target, query_labels, key_labels, temperature, normalize, false);
   const ScalarType dtype = score_dtype(queries);
-  const auto gradient = [&](const Tensor& of, bool wanted) {
-    return Gradient{wanted ? empty_of(of, sizes_of(of), dtype) : empty_of(of, {0}, dtype), normalize};
-  };
-  Gradient of_queries = gradient(queries, for_queries), of_keys = gradient(keys, for_keys);
+  Gradient of_queries{empty_of(queries, {0}, dtype), normalize}, of_keys{empty_of(keys, {0}, dtype), normalize};
   Workspace workspace(queries);
   Walk walk(pair.q, pair.k);
   walk.prefers_whole_rows = true;
@@ -189,11 +186,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_foreseen(const Tenso
   if (for_keys) walk.dw = &of_keys;
   walk.plan();
   if (!walk.whole_rows()) {
-    const Tensor nothing = empty_of(queries, {0}, dtype);
     const auto [loss, lse, columns] =
         info_nce(queries, keys, target, query_labels, key_labels, temperature, normalize, false);
-    return {loss, lse, nothing, nothing, nothing};
+    return {loss, lse, of_queries.result, of_keys.result, empty_of(queries, {0}, dtype)};
   }
+  if (for_queries) of_queries.result = empty_of(queries, sizes_of(queries), dtype);
+  if (for_keys) of_keys.result = empty_of(keys, sizes_of(keys), dtype);
   Rows rows(pair, queries, walk);
   std::vector<double> products(pair.N, 0.0);  // sum_j G_ij s_ij
   walk.run(workspace, [&](const Part& part) {

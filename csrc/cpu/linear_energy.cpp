@@ -2,7 +2,6 @@
 #include <cstring>
 
 #include "linear_head.h"
-#include "pages.h"
 
 namespace oodkern {
 namespace {
@@ -52,7 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Kind& kind, LinearHead& head,
   walk.kept = kept, walk.given = kept != nullptr;
   const Column upstream = as_column(grad), saved = as_column(value);
   walk.plan();
-  STD_TORCH_CHECK(!kept || walk.once(), "logits: expected none of so many classes");
+  if (kept && !walk.once()) {  // with another number of threads than the score had: logits may be made slopes once
+    walk.kept = nullptr, walk.given = false;
+    walk.plan();
+  }
   walk.run(head.workspace, [&](const Part& part) {
     const auto reduced = reals_of(head.wide, saved, part.row, part.z.rows, kind.sign);
     const auto scale = reals_of(head.wide, upstream, part.row, part.z.rows, kind.sign);
@@ -96,28 +98,33 @@ std::tuple<Tensor, Tensor> linear_score_kept(std::string score, const Tensor& fe
   LinearHead head(features, weight, bias);
   Tensor logits = empty_of(features, {0}, score_dtype(features));
   if (keeps(head, features, weight)) {
-    logits = empty_of(features, {features.size(0), Walk::kept_stride(weight.size(0))}, score_dtype(features));
-    prefer_large_pages(logits.mutable_data_ptr(), logits.numel() * int64_t(logits.element_size()));
+    const int64_t stride = Walk::kept_stride(weight.size(0)), size = int64_t(logits.element_size());
+    logits = empty_of(features, {features.size(0), stride}, score_dtype(features));
+    for (int64_t n = 0; n < features.size(0); ++n) {  // what is behind a row is nothing's, and the same in every call
+      char* row = static_cast<char*>(logits.mutable_data_ptr()) + n * stride * size;
+      std::memset(row + weight.size(0) * size, 0, (stride - weight.size(0)) * size);
+    }
   }
   void* const kept = logits.dim() == 2 ? logits.mutable_data_ptr() : nullptr;
-  if (kept) std::memset(kept, 0, logits.numel() * int64_t(logits.element_size()));
   return {scored(kind_of(score, temperature), head, features, kept), logits};
 }
 
 // The gradients of logits that linear_score_kept gave, which become slopes.
 std::tuple<Tensor, Tensor, Tensor> linear_score_backward_kept(std::string score, const Tensor& grad, Tensor logits,
                                                               const Tensor& features, const Tensor& weight,
-                                                              const Tensor& value, double temperature,
-                                                              bool for_features, bool for_weight, bool for_bias) {
-  check_head(features, weight, std::nullopt);
+                                                              const std::optional<Tensor>& bias, const Tensor& value,
+                                                              double temperature, bool for_features, bool for_weight,
+                                                              bool for_bias) {
+  check_head(features, weight, bias);
   check_per_row(grad, "grad", features);
   check_per_row(value, "value", features);
   const std::vector<int64_t> expected{features.size(0), Walk::kept_stride(weight.size(0))};
-  STD_TORCH_CHECK(sizes_of(logits) == expected && logits.scalar_type() == score_dtype(features),
-                  "logits: expected those of linear_score_kept");
-  LinearHead head(features, weight, std::nullopt);
-  return gradients(kind_of(score, temperature), head, grad, features, weight, value, for_features, for_weight, for_bias,
-                   logits.mutable_data_ptr());
+  STD_TORCH_CHECK(
+      sizes_of(logits) == expected && logits.scalar_type() == score_dtype(features) && logits.is_contiguous(),
+      "logits: expected those of linear_score_kept");
+  LinearHead head(features, weight, bias);
+  return gradients(kind_of(score, temperature), head, grad, features, weight, value, for_features, for_weight,
+                   for_bias && bias, logits.mutable_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_score_double_backward(

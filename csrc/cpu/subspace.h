@@ -30,31 +30,24 @@ class Subspace {
   }
 
   // Gradients of sum_n g_in inside + g_out outside: dX = U q + 2 g_out R and dU = sum x q^T + R h^T, with
-  // q = 2 g_in y - 2 g_out s and h = -2 g_out y. Since R = x - U y, dX = 2 g_out x + U (q + h); and s = (I - U^T U) y,
-  // so that features alone take two products with U.
+  // q = 2 g_in y - 2 g_out s and h = -2 g_out y. Since R = x - U y, dX = 2 g_out x + U (q + h). Of rows enough to pay
+  // for it s is (I - U^T U) y, and features alone take two products with U; of few rows it is U^T R.
   void backward(const Column& g_in, const Column& g_out, const Tensor* dx, const Tensor* du) {
+    const int64_t size = sizeof(Real), gap_bytes = r * r * (8 + size);
+    const bool by_gap = N > r && gap_bytes <= kWorkspaceBytes / 4, residual = du || !by_gap;
     const bool in_place = dx && storage_of(*dx) == kReal;
-    plan((dx && !in_place ? 1 : 0) + (du ? 1 : 0), du ? 3 : 2,
-         (du ? sums_bytes(*du) : 0) + r * r * int64_t(sizeof(Real)));
-    Real *y = block(r), *q = block(r), *h = du ? block(r) : nullptr, *R = du ? block(D) : nullptr;
+    plan((dx && !in_place ? 1 : 0) + (residual ? 1 : 0), du ? 3 : 2,
+         (du ? sums_bytes(*du) : 0) + (by_gap ? gap_bytes : 0));
+    Real *y = block(r), *q = block(r), *h = du ? block(r) : nullptr, *R = residual ? block(D) : nullptr;
     Real* rounded = dx && !in_place ? block(D) : nullptr;
     Real* sums = du ? sums_of(*du) : nullptr;
-    const std::vector<Real> gap = complement();
-    if (in_place) prefer_large_pages(dx->mutable_data_ptr(), N * D * int64_t(sizeof(Real)));
+    const Matrix gap{by_gap ? complement() : nullptr, r_stride()};
+    if (in_place) prefer_large_pages(dx->mutable_data_ptr(), N * D * size);
     in_waves(
         [&](const Wave& w) {
-          const Matrix x = du ? project(w, y, R) : onto(w, y);
-          multiply({kReal,
-                    false,
-                    false,
-                    w.count,
-                    r,
-                    r,
-                    rows(y, r, w),
-                    {gap.data(), r_stride()},
-                    q + w.first * r,
-                    r_stride(),
-                    false});
+          const Matrix x = residual ? project(w, y, R) : onto(w, y);
+          multiply({kReal, false, false, w.count, r, by_gap ? r : D, by_gap ? rows(y, r, w) : rows(R, D, w),
+                    by_gap ? gap : basis(), q + w.first * r, r_stride(), false});
           for (int64_t i = w.first; i < w.first + w.count; ++i) {
             const Real a = 2 * number(g_in, w.row + i), b = 2 * number(g_out, w.row + i);
             for (int64_t j = i * r; j < (i + 1) * r; ++j) {
@@ -197,13 +190,14 @@ class Subspace {
   }
 
   // I - U^T U, [r, r]. Summed in double, some features at a time: what is left of the subtraction is rounding.
-  std::vector<Real> complement() const {
+  const Real* complement() {
     constexpr int64_t kAtOnce = 64;
-    std::vector<double> sums(r * r);
-    std::vector<Real> part(r * r);
+    double* sums = static_cast<double*>(workspace_.take(r * r * 8));
+    Real* part = static_cast<Real*>(workspace_.take(r * r * int64_t(sizeof(Real))));
+    for (int64_t i = 0; i < r * r; ++i) sums[i] = 0;
     for (int64_t d = 0; d < D; d += kAtOnce) {
       const Matrix some{static_cast<const Real*>(basis().data) + d * basis().stride, basis().stride};
-      multiply({kReal, true, false, r, r, std::min(kAtOnce, D - d), some, some, part.data(), r_stride(), false});
+      multiply({kReal, true, false, r, r, std::min(kAtOnce, D - d), some, some, part, r_stride(), false});
       for (int64_t i = 0; i < r * r; ++i) sums[i] += part[i];
     }
     for (int64_t i = 0; i < r * r; ++i) part[i] = Real((i % (r + 1) == 0) - sums[i]);

@@ -9,7 +9,7 @@ cotangents V, U, c of the three gradients:
     d/dW = (g q)^T X + (g p)^T V                  d/db = (g q)^T 1
 
 Every pass forms the logits of a tile anew and lets them go: memory is that of the arguments and the results. Where they
-take no more than a pass holds anyway, they stay: three products instead of four.
+take no more than a pass holds anyway, they stay from the score to its backward pass: three products instead of four.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class KeptLinearScore(torch.autograd.Function):
         features, weight, bias, value = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is not None and not torch.is_grad_enabled() and readable(grad):
-            tensors = (grad, logits, features, weight, value, ctx.temperature)
-            gradients = raw("native", "linear_score_backward_kept", ctx.score, *tensors, *needs)
+            kept = (grad, logits, features, weight, bias, value, ctx.temperature)
+            gradients = raw("native", "linear_score_backward_kept", ctx.score, *kept, *needs)
         else:
             del logits
             tensors = (grad, features, weight, bias, value.detach(), ctx.temperature)
@@ -217,10 +217,9 @@ def _fake_kept(score: str, features: Tensor, weight: Tensor, *_: Any) -> tuple[T
 
 
 def _fake_gradient_of_kept(
-    score: str, grad: Tensor, logits: Tensor, features: Tensor, weight: Tensor, value: Tensor, temperature: float,
-    *wanted: bool,
+    score: str, grad: Tensor, logits: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _fake_gradient(score, grad, features, weight, weight[:, 0], value, temperature, *wanted)
+    return _fake_gradient(score, grad, *arguments)
 
 
 register_fake("linear_score", _fake_score)

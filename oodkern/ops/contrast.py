@@ -46,8 +46,8 @@ def info_nce(
     CPU, without `symmetric`, gradients are formed with the losses where a row of scores fits into what is held (of
     16-bit features from 128 keys on), and wait in the dtype of the losses for an upstream that is one number for all
     rows, as a mean's is: three products instead of four, of which `torch.no_grad` saves two where no backward pass is
-    to come. Where it differs between rows, gradients other than the queries' are formed anew. Raises TypeError or
-    ValueError for an argument of the wrong kind or shape.
+    to come. Where it differs between rows, gradients other than the queries' are formed anew, five products in all.
+    Raises TypeError or ValueError for an argument of the wrong kind or shape.
 
     Source: van den Oord, Li, Vinyals, Representation Learning with Contrastive Predictive Coding, 2018; several
     positives: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (their L_out).

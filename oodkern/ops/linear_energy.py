@@ -58,10 +58,11 @@ def linear_energy(
     where matrices without dense rows are copied first, and on a GPU a wave of slopes (mostly 30 MB) and the float32
     sums of the weight's gradient, whatever N. On the CPU logits of dense float32 (or float64) matrices stay in those 16
     MiB for the backward pass where all of them fit, of bfloat16 in 8, but for many rows of less than 64 classes: three
-    products instead of four. Where weight and bias need no gradient, that of the features is formed with the energies
-    (of 16-bit features from 128 classes on) and waits for its upstream, [N, D] in the dtype of the energies: two
-    products, of which `torch.no_grad` saves one where no backward pass is to come. A second backward pass and a second
-    derivative form all of it anew. Raises TypeError or ValueError for an argument of the wrong kind or shape.
+    products instead of four; each call whose backward pass is to come holds its own. Where weight and bias need no
+    gradient, that of the features is formed with the energies (of 16-bit features from 128 classes on) and waits for
+    its upstream, [N, D] in the dtype of the energies: two products, of which `torch.no_grad` saves one where no
+    backward pass is to come. A second backward pass and a second derivative form all of it anew. Raises TypeError or
+    ValueError for an argument of the wrong kind or shape.
 
     Source: Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020.
     """

@@ -26,9 +26,9 @@ def sample_norm(x: Tensor) -> Tensor:
             some order (contiguous, channels last) and samples are evenly spaced, and copied first elsewhere.
 
     Returns:
-        [N], in units of x; float32 (float64 for float64 x), also under autocast. Squares are added up in double, so
-        neither overflows nor underflows where the norm itself does not. The norm of a sample without elements is 0;
-        NaN stays in its sample.
+        [N], in units of x; float32 (float64 for float64 x), also under autocast. Squares are added up in double (of 16
+        bits four at a time in float32, which holds each), so neither overflows nor underflows where the norm does not.
+        The norm of a sample without elements is 0; NaN stays in its sample.
 
     Differentiable twice, in `x`; both derivatives are 0 where the norm is 0, and gradients have the dtype of x. The
     gradient of a sample that holds an infinity is undefined. Raises TypeError or ValueError for an argument of the

@@ -2,6 +2,8 @@
 
 import torch
 
+from oodkern import _native
+
 
 class Products:
     """How many products of a shape are formed within."""
@@ -15,3 +17,8 @@ class Products:
 
     def __exit__(self, *_):
         self.count = (torch.ops.oodkern.multiplications() - self.before) / max(self.size, 1)
+
+
+def multiplies_bfloat16():
+    """Whether bfloat16 is multiplied as it is here, and not widened first."""
+    return _native.instruction_set_in_use() in ("avx512_bf16", "amx")

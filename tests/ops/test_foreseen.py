@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from multiplications import Products
+from multiplications import Products, multiplies_bfloat16
 from oracle import assert_two_sided, like, memory_events
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -50,7 +50,7 @@ def slope(upstream, score):
 
 def are_kept(shape, dtype):
     """Whether bfloat16 slopes have room in the weight's gradient, and there are products of bfloat16."""
-    return shape == LONG[1] and dtype == torch.bfloat16 and _native.instruction_set_in_use() in ("avx512_bf16", "amx")
+    return shape == LONG[1] and dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
 def gradients_against_float64(score, shape, dtype, upstream_of, factor):

@@ -1,11 +1,14 @@
 """Room `subspace`: alignment, subspace energy, bases."""
 
+import itertools
+
 import pytest
 import torch
 from bar_product import ProductBar
 from bar_product_pytorch import ProductOp
 from layouts import FLOATS
-from oracle import like
+from multiplications import Products
+from oracle import like, memory_events
 
 import oodkern
 from oodkern import reference
@@ -240,3 +243,31 @@ def test_weight_gradients_by_slice():
     assert ((gradient.double() - oracle).abs().max() / oracle.abs().max()) < 1e-2  # signs of cosines near 0
     along = (gradient.double() * w.double()).sum(1) / w.double().norm(dim=1) / oracle.norm(dim=1)
     assert along.abs().max() < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "least"), [((300, 100, 10), 2, 2), ((5, 100, 20), 2, 4), ((20, 100, 20), 2, 4)]
+)
+def test_products_of_the_features_gradient(shape, least):
+    """Two where rows are enough to pay for U^T U, which is a fraction of one then; four of few rows."""
+    N, D, r = shape
+    x, u = torch.randn(N, D, requires_grad=True), torch.randn(D, r)
+    with Products(shape) as products:
+        value = oodkern.subspace_energy(x, u)
+    assert products.count == 2
+    with Products(shape) as products:
+        torch.autograd.grad(value, x, [like(value[0]), like(value[1])])
+    assert least <= products.count <= least + (0.2 if r < N else 0)
+
+
+@pytest.mark.parametrize("r", [400, 1000])
+def test_workspace_of_a_large_basis(r):
+    """U^T U counts, and is not formed where it takes too much."""
+    x, u = torch.randn(1100, 1000, requires_grad=True), torch.randn(1000, r)
+    value = oodkern.subspace_energy(x, u)
+    upstream = [like(value[0]), like(value[1])]
+    held = memory_events(lambda: torch.autograd.grad(value, x, upstream))
+    assert max(itertools.accumulate(held)) - x.nbytes <= 16 << 20
+    exact = torch.autograd.grad(reference.subspace_energy(x.double(), u.double()), x, [g.double() for g in upstream])[0]
+    (found,) = torch.autograd.grad(oodkern.subspace_energy(x, u), x, upstream)
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
