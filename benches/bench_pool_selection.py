@@ -138,7 +138,7 @@ def selection(*, place: str, N: int, D: int, other: str, target: float | None = 
 
 SELECTION = [
     selection(place=str(FOLDER), N=60_000, D=D, other=MINIBATCH),
-    selection(place=str(FOLDER), N=60_000, D=D, other=KMEANS, target=1.5),
+    selection(place=str(FOLDER), N=120_000, D=D, other=KMEANS, target=1.5),
 ]
 # MiniBatchKMeans grows faster than its input: what was aimed for is of a million.
 FULL = [selection(place=str(FOLDER), N=1_000_000, D=D, other=MINIBATCH, target=15)]

@@ -46,7 +46,6 @@ struct LogSumExp {
 
   explicit OODKERN_HOST_DEVICE LogSumExp(double t)
       : temperature(Real(t)), inverse_temperature(Real(1 / t)), scale(Real(1.4426950408889634 / t)) {}
-
   static OODKERN_HOST_DEVICE State init() { return {-Math::infinity(), Sum(0)}; }
   static OODKERN_HOST_DEVICE Real absent() { return -Math::infinity(); }
   static OODKERN_HOST_DEVICE Real pivot(Real z, Real running) { return z > running ? z : running; }
@@ -85,7 +84,6 @@ struct SoftplusSum {
   };
 
   explicit OODKERN_HOST_DEVICE SoftplusSum(double) {}
-
   static OODKERN_HOST_DEVICE State init() { return {Real(0), Sum(0)}; }
   static OODKERN_HOST_DEVICE Real absent() { return -Math::infinity(); }
   static OODKERN_HOST_DEVICE Real pivot(Real, Real) { return Real(0); }
@@ -196,7 +194,6 @@ struct AbsSum {
   };
 
   explicit OODKERN_HOST_DEVICE AbsSum(double) {}
-
   static OODKERN_HOST_DEVICE State init() { return {Real(0), Sum(0)}; }
   static OODKERN_HOST_DEVICE Real pivot(Real, Real) { return Real(0); }
   OODKERN_HOST_DEVICE Real add(Real z, Real) const { return Math::absolute(z); }
