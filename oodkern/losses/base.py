@@ -79,7 +79,7 @@ class OutlierLoss(nn.Module):
     def slopes(self, classes: int) -> tuple[Slopes, Slopes]:
         """The slopes of the ID rows' terms and of the outliers' in their scores, where they can be foreseen.
 
-        Gradients are then formed with the scores, of three products instead of four. What is missing or wrong here
+        Gradients are then formed with the scores, of three products whatever N. What is missing or wrong here
         costs time, not correctness: see `oodkern.ops.Upstream`.
         """
         return {}, {}

@@ -1,9 +1,10 @@
 """Scores whose gradients are formed with them: of features alone, or for an upstream that the caller foresees.
 
-A score does not know its upstream before the backward pass, and then forms its logits a second time: four products
-features @ weight.T for the score and both gradients. A loss that is a sum over rows knows what its slope in a score
-will be once the score is there, so that three products do. Of the features' gradient the upstream is a factor of each
-row, which can be multiplied to it later: two products instead of three where the weight needs no gradient.
+A score does not know its upstream before the backward pass, and forms logits that are too many to be kept a second time
+then: four products features @ weight.T for the score and both gradients. A loss that is a sum over rows knows what its
+slope in a score will be once the score is there, so that three products do. Of the features' gradient the upstream is a
+factor of each row, which can be multiplied to it later: two products instead of three where the weight needs no
+gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Upstream(NamedTuple):
     The sign is the hinge's: positive hinges act above the margin, negative ones below it. Each is [N], in the dtype of
     the score; the factor is the same for all rows, and need not be known. What comes back is compared with it: where
     it is another one, or bfloat16 gradients are to be multiplied by what is no power of two (which would round them
-    again), or a second derivative is asked for, gradients are formed anew, at two products more than without.
+    again), or a second derivative is asked for, gradients are formed anew, at two or three products more than without.
     """
 
     linear: Tensor
