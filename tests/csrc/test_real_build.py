@@ -67,7 +67,7 @@ class TestRealBuild:
         header.write_text(header.read_text() + "\n")
         printed = self.build(tree)
         assert "energy.o" in printed
-        assert "rows.cpp" not in printed
+        assert "/rows.cpp" not in printed
 
     def test_compiler_errors_are_shown(self, tree):
         source = tree / "csrc" / "schema.cpp"

@@ -1,7 +1,7 @@
 // Exponentials of a block of numbers that are read: their sum, or each of them. Loops over scalars, and by AVX-512's
 // own instructions for them, of which GCC knows none: VREDUCEPS is the rest of a rounding, VSCALEFPS multiplies by a
-// power of two with the right ends (0, subnormal numbers, infinity), and both are right at infinities and NaNs. Beside
-// GCC 12's code for the loop over scalars, whose clamps are comparisons and masks there, a sum takes half the time.
+// power of two up to infinity, and both are right at infinities and NaNs. Beside GCC 12's code for the loop over
+// scalars, whose clamps are comparisons and masks there, a sum takes half the time.
 #pragma once
 
 #include "../../reduce.h"
@@ -32,7 +32,9 @@ OODKERN_INLINE __m512 load(const BFloat16* from, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAllLanes, wide, 16));
 }
 
-// Float::exp2, 16 at a time.
+// Float::exp2, 16 at a time, and like it 0 where x rounds to -127 or less; VSCALEFPS alone goes on to subnormal
+// numbers, which a sum that holds a 1 may keep.
+template <bool subnormal>
 OODKERN_INLINE __m512 exp2(__m512 x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m512 n = _mm512_maskz_roundscale_ps(kAllLanes, x, kNearest);
@@ -40,12 +42,16 @@ OODKERN_INLINE __m512 exp2(__m512 x) {
   __m512 q = _mm512_set1_ps(Float::kExp2[0]);
   for (int i = 1; i < 5; ++i) q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(Float::kExp2[i]));
   q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(kAllLanes, q, n);
+  const __mmask16 kept = subnormal ? kAllLanes : _mm512_cmp_ps_mask(n, _mm512_set1_ps(-127.0f), _CMP_NLE_UQ);  // NaNs
+  return _mm512_maskz_scalef_ps(kept, q, n);
 }
+template <bool subnormal>
 struct Exponential {
   __m512 shift, scale;
   Exponential(float shift, float scale) : shift(_mm512_set1_ps(shift)), scale(_mm512_set1_ps(scale)) {}
-  OODKERN_INLINE __m512 operator()(__m512 z) const { return exp2(_mm512_mul_ps(_mm512_sub_ps(z, shift), scale)); }
+  OODKERN_INLINE __m512 operator()(__m512 z) const {
+    return exp2<subnormal>(_mm512_mul_ps(_mm512_sub_ps(z, shift), scale));
+  }
 };
 
 OODKERN_INLINE float sum_of(__m512 numbers) {
@@ -97,7 +103,7 @@ OODKERN_INLINE typename Math::Real sum_of_exponentials(const Stored* z, int64_t 
   using Real = typename Math::Real;
 #if defined(__AVX512F__)
   if constexpr (kVectors<Math>) {
-    const Exponential exponential(shift, scale);
+    const Exponential<true> exponential(shift, scale);
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     by_sixteen(size, [&](int64_t k, __mmask16 lanes, int which) __attribute__((always_inline)) {
       sum[which] = _mm512_mask_add_ps(sum[which], lanes, sum[which], exponential(load(z + k, lanes)));
@@ -119,7 +125,7 @@ OODKERN_INLINE typename Math::Real exponentials(const typename Math::Real* z, in
   using Real = typename Math::Real;
 #if defined(__AVX512F__)
   if constexpr (kVectors<Math>) {
-    const Exponential exponential(shift, scale);
+    const Exponential<false> exponential(shift, scale);
     const __m512 by = _mm512_set1_ps(factor);
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     by_sixteen(size, [&](int64_t k, __mmask16 lanes, int which) __attribute__((always_inline)) {
