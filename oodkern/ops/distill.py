@@ -37,9 +37,9 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
     Returns:
         [...], in nats times T^2, never negative; float32 (float64 for float64 logits), also under autocast. Exactly 0
         for equal rows of one dtype, and relatively accurate near that, where sum p log(p / q) as written cancels. A
-        class that the teacher gives -inf counts 0 whatever the student gives it; +inf where the student gives -inf to
-        a class and the teacher does not (float32 shares of the teacher's under 2^-126 may count 0). A teacher's row of all -inf gives 0 and gradient zero. NaN, and a row that
-        holds +inf, give NaN in that row alone.
+        class that the teacher gives -inf counts 0 whatever the student gives it; +inf where the student gives -inf to a
+        class and the teacher does not (float32 shares of the teacher's under 2^-126 may count 0). A teacher's row of
+        all -inf gives 0 and gradient zero. NaN, and a row that holds +inf, give NaN in that row alone.
 
     Differentiable once, in `student_logits`; the gradient has its dtype. Raises TypeError or ValueError for an argument
     of the wrong kind or shape, ValueError for a teacher that requires a gradient.
