@@ -90,7 +90,7 @@ def outcome(times, absent=(), errors=(1e-7, 2e-7)):
         name: Found(Times(seconds), Peak(3_000_000 + 10**6 * i, 10**6), errors[min(i, 1)])
         for i, (name, seconds) in enumerate(times.items())
     }
-    contenders = {name: Contender(eager_energy) for name in times}
+    contenders = {name: Contender(eager_energy) for name in [*times, *absent]}
     return Outcome(dataclasses.replace(one, contenders=contenders), found, dict(absent))
 
 
@@ -126,6 +126,14 @@ def test_what_the_text_says():
     assert "No rival was faster" not in text
     assert "Some GPU, CUDA 13.0; Some CPU" in text
     assert text.endswith("commit abc")
+
+
+def test_a_base_that_is_absent():
+    """On a GPU eager may want more memory than there is."""
+    text = outcomes_text([outcome({OURS: (0.002,), COMPILED: (0.004,)}, {"eager": "OutOfMemoryError: 80 GB"})], MACHINE)
+    row = next(line for line in text.splitlines() if line.startswith("planted: scores, backward"))
+    assert " ".join(row.split("float32")[1].split()) == "2 [2, 2] - 2.00 - - 2.0 / - 1e-07 / -"
+    assert "eager, in 1 of 1: OutOfMemoryError: 80 GB" in text
 
 
 def test_without_a_compiler_the_rest_goes_on(monkeypatch, tmp_path):

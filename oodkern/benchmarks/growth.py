@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from oodkern.benchmarks.case import Case
+from oodkern.benchmarks.measure import first_failure
 from oodkern.benchmarks.memory import NotMeasured, Peak, peak_on_cuda, peaks_of_all
 from oodkern.benchmarks.timing import Times, interleaved
 
@@ -79,11 +81,16 @@ def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
 def measure_growth(
     sweep: Sweep, device: torch.device, seconds: float = 0.25, *, fewest: int = 3, memory: bool = True
 ) -> dict[str, Growth]:
-    """Every contender that is no third party's, at every value, in turns. torch.compile compiles once for all sizes."""
+    """Every contender that is no third party's, at every value, in turns. torch.compile compiles once for all sizes.
+
+    On a GPU those are left out for whose largest value memory is not enough.
+    """
     cases = sweep.cases
     names = [name for name, contender in sweep.case.contenders.items() if not contender.needs]
     torch._dynamo.reset()
     ready = {name: sweep.case.ready(name, dynamic=True) for name in names if sweep.case.contenders[name].compiled}
+    if device.type == "cuda":
+        names = fitting(cases[-1], names, ready, device)
     times: dict[str, list[Times]] = {name: [] for name in names}
     peaks: dict[str, list[Peak]] = {name: [] for name in names}
     for case in cases:
@@ -100,3 +107,10 @@ def measure_growth(
     return {
         name: Growth(sweep.values, tuple(times[name]), tuple(peaks[name]) if peaks[name] else None) for name in names
     }
+
+
+def fitting(case: Case, names: list[str], ready: Mapping[str, Callable[..., Any]], device: torch.device) -> list[str]:
+    """The contenders that have memory enough."""
+    inputs, upstream = case.data(device)
+    works = {name: case.work(name, inputs, upstream, ready.get(name)) for name in names}
+    return [name for name, work in works.items() if first_failure(case, name, work) is None]

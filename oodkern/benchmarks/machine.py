@@ -92,8 +92,13 @@ class Ceilings:
     products: dict[str, float]
 
     def seconds(self, flops: float, bytes: float, dtype: str) -> float:
-        """The least time that the work can take there: of moving and computing the longer one."""
-        return max(bytes / self.copy, flops / self.products[dtype])
+        """The least time that the work can take there: of moving and computing the longer one.
+
+        ValueError where products of the dtype were not measured.
+        """
+        if flops and dtype not in self.products:
+            raise ValueError(f"dtype: expected one of {', '.join(self.products)}, got {dtype!r}")
+        return max(bytes / self.copy, flops / self.products[dtype] if flops else 0.0)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def measure(
     inputs, upstream = case.data(device)
     works = {name: case.work(name, inputs, upstream) for name in names}
     if device.type == "cuda":
-        absent |= {name: why for name, work in works.items() if (why := _failure(case, name, work))}
+        absent |= {name: why for name, work in works.items() if (why := first_failure(case, name, work))}
         names = [name for name in names if name not in absent]
         works = {name: works[name] for name in names}
     errors = {name: error_of(case, work(), inputs, upstream) for name, work in works.items()}
@@ -73,7 +73,7 @@ def measure(
     return Outcome(case, {name: Found(times[name], held_at_most.get(name), errors[name]) for name in names}, absent)
 
 
-def _failure(case: Case, name: str, work: Any) -> str | None:
+def first_failure(case: Case, name: str, work: Any) -> str | None:
     """Why a rival's first call fails: a third party's for any reason, the others' for want of memory."""
     try:
         work()

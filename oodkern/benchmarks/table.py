@@ -59,7 +59,7 @@ def machine_line(found: dict[str, Any]) -> str:
 
 
 def _row(outcome: Outcome) -> list[str]:
-    case, ours, base = outcome.case, outcome.found[OURS], outcome.found[outcome.case.base]
+    case, ours, base = outcome.case, outcome.found[OURS], outcome.found.get(outcome.case.base)
     low, high = ours.times.quartiles
     return [
         _title(case),
@@ -67,8 +67,8 @@ def _row(outcome: Outcome) -> list[str]:
         case.dtype,
         f"{_digits(ours.times.median * 1e3)} [{_digits(low * 1e3)}, {_digits(high * 1e3)}]",
         *(f"{_times(outcome, name):.2f}" if name in outcome.found else "-" for name in RIVALS),
-        " / ".join("-" if one.peak is None else f"{one.peak.beyond / 1e6:.1f}" for one in (ours, base)),
-        " / ".join("-" if one.error is None else f"{one.error:.0e}" for one in (ours, base)),
+        " / ".join("-" if not one or one.peak is None else f"{one.peak.beyond / 1e6:.1f}" for one in (ours, base)),
+        " / ".join("-" if not one or one.error is None else f"{one.error:.0e}" for one in (ours, base)),
     ]
 
 

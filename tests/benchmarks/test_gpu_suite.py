@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from oodkern.benchmarks.case import OURS, Contender
-from oodkern.benchmarks.measure import _failure as first_failure
+from oodkern.benchmarks.measure import first_failure
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benches"))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from benchmarks.planted import MB, memory, scores
 
-from oodkern.benchmarks.growth import FLOOR_BYTES, Growth, Sweep, exponent, measure_growth
+from oodkern.benchmarks.case import OURS, Contender
+from oodkern.benchmarks.growth import FLOOR_BYTES, Growth, Sweep, exponent, fitting, measure_growth
 from oodkern.benchmarks.memory import Peak
 from oodkern.benchmarks.timing import Times
 
@@ -63,3 +64,17 @@ def test_memory_of_a_sweep():
     assert [peak.beyond for peak in ours.peaks] == pytest.approx([4 * MB, 16 * MB, 64 * MB], abs=1.5 * MB)
     assert ours.memory_exponent == pytest.approx(1.0, abs=0.1)
     assert untouched.memory_exponent == 0.0
+
+
+def test_who_has_not_enough_memory_for_the_largest_is_left_out():
+    def fail(*inputs):
+        raise torch.OutOfMemoryError("80 GB")
+
+    one = scores(N=10)
+    names = [OURS, "eager"]
+    assert fitting(one, names, {}, torch.device("cpu")) == names
+    one.contenders["eager"] = Contender(fail)
+    assert fitting(one, names, {}, torch.device("cpu")) == [OURS]
+    one.contenders[OURS] = Contender(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting(one, names, {}, torch.device("cpu"))

@@ -68,3 +68,10 @@ def test_the_least_time_is_that_of_the_longer_one():
     assert found.seconds(flops=2_000, bytes=50, dtype="float32") == 2.0
     assert found.seconds(flops=2_000, bytes=50, dtype="bfloat16") == 0.5
     assert found.seconds(flops=0, bytes=300, dtype="float32") == 3.0
+
+
+def test_products_that_were_not_measured():
+    found = Ceilings(copy=100.0, products={"float32": 1_000.0, "bfloat16": 4_000.0})
+    assert found.seconds(flops=0, bytes=300, dtype="float16") == 3.0
+    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, got 'float16'"):
+        found.seconds(flops=1, bytes=300, dtype="float16")
