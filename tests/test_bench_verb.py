@@ -139,11 +139,11 @@ def test_a_base_that_is_absent():
 def test_without_a_compiler_the_rest_goes_on(monkeypatch, tmp_path):
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     log: list[str] = []
     case = REAL(CPU)[0].at(N=30, K=7)
-    (found,) = short.measure_short([case], CPU, 0.1, log.append)
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):  # setting it and deleting it again would leave none
+        (found,) = short.measure_short([case], CPU, 0.1, log.append)
     assert list(found.found) == [name for name in case.contenders if name != COMPILED]
     assert "no-such-compiler" in found.absent[COMPILED]
     assert len(log) == 1
