@@ -29,10 +29,11 @@ still is.
 
 How this is measured:
 
-- Contenders take turns on the same random inputs: one after the other, then all again, so that a machine that slows
-  down does so for all. The first call, which compiles, loads and allocates, does not count. A turn of a short call has
-  several of it. Times are medians of the turns, quartiles in brackets; on a GPU by events on the stream, after a write
-  that empties its L2 cache. "× ours" is how many times our median another one takes.
+- Contenders take turns on the same random inputs: one after the other, then all again in another order, so that a
+  machine that slows down does so for all, and nobody always finds the caches that the same one left. The first call,
+  which compiles, loads and allocates, does not count. A turn of a short call has several of it. Times are medians of
+  the turns, quartiles in brackets; on a GPU by events on the stream, after a write that empties its L2 cache.
+  "× ours" is how many times our median another one takes.
 - Memory is the peak of one call less what was held before it: on a CPU VmHWM of a fresh process that has done the call
   before, on a GPU the allocator's. "MB" is what is held beyond results, which all contenders have to hold.
 - Upstream gradients are random numbers, one a row; where a mean of rows is differentiated one for all, and of whole

@@ -1,5 +1,6 @@
 """Times: medians and quartiles of turns that works take one after the other."""
 
+import itertools
 import time
 
 import pytest
@@ -33,11 +34,20 @@ def test_median_and_quartiles():
 def test_works_take_turns(fewest, most, seconds, turns):
     log: list[str] = []
     times = interleaved(logging(log, LONG), CPU, seconds, fewest, most)
-    assert log == list("aabbcc") + list("abc") * turns, (
-        "twice each before: to warm up, and to count the calls of a turn"
-    )
+    assert log[:6] == list("aabbcc"), "twice each before: to warm up, and to count the calls of a turn"
+    assert [sorted(log[i : i + 3]) for i in range(6, len(log), 3)] == [list("abc")] * turns
     assert {name: len(one.seconds) for name, one in times.items()} == dict.fromkeys("abc", turns)
     assert all(second >= LONG for one in times.values() for second in one.seconds)
+
+
+def test_nobody_always_comes_after_the_same_one():
+    log: list[str] = []
+    interleaved(logging(log, LONG), CPU, 0.0, fewest=12)
+    turns = ["".join(log[i : i + 3]) for i in range(6, len(log), 3)]
+    assert len(set(turns)) >= 4
+    again: list[str] = []
+    interleaved(logging(again, LONG), CPU, 0.0, fewest=12)
+    assert again == log, "runs are comparable"
 
 
 def test_no_more_turns_than_the_seconds_hold():
@@ -49,10 +59,10 @@ def test_no_more_turns_than_the_seconds_hold():
 def test_short_works_are_called_several_times_a_turn():
     log: list[str] = []
     times = interleaved(logging(log, SHORTEST / 20), CPU, 0.0, fewest=3)
-    calls = (log.count("a") - 2) / 3
-    assert 3 <= calls <= 20
-    assert calls == int(calls), "as many every turn"
-    assert log[6:] == (["a"] * int(calls) + ["b"] * (log.count("b") // 3) + ["c"] * (log.count("c") // 3)) * 3
+    calls = {name: (log.count(name) - 2) / 3 for name in "abc"}
+    assert all(3 <= count <= 20 for count in calls.values())
+    blocks = [(name, len(list(block))) for name, block in itertools.groupby(log[6:])]
+    assert all(length % calls[name] == 0 for name, length in blocks), "as many every turn, and together"
     assert all(SHORTEST / 20 <= second < SHORTEST for one in times.values() for second in one.seconds), "one call's"
 
 
