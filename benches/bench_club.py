@@ -6,7 +6,7 @@ from oodkern.benchmarks.growth import Sweep
 from oodkern.benchmarks.rooms.club import club
 
 N, D = 1_024, 512
-COLD = "8 MB are read and written: 0.9 to 1.0 ms after itself, 1.5 after one that fills the caches with its own."
+COLD = "8 MB are read and written: 0.9 to 1.1 ms after itself, 1.5 after another one."
 CASES = [
     club(N=128, D=D, dtype="float32"),
     club(N=N, D=D, dtype="float32", target=2.0, why=COLD),
