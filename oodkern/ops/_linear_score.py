@@ -216,9 +216,7 @@ def _fake_kept(score: str, features: Tensor, weight: Tensor, *_: Any) -> tuple[T
     return value, value.new_empty(len(features), len(weight) + 16)
 
 
-def _fake_gradient_of_kept(
-    score: str, grad: Tensor, logits: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_gradient_of_kept(score: str, grad: Tensor, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _fake_gradient(score, grad, *arguments)
 
 

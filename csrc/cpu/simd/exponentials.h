@@ -42,7 +42,8 @@ OODKERN_INLINE __m512 exp2(__m512 x) {
   __m512 q = _mm512_set1_ps(Float::kExp2[0]);
   for (int i = 1; i < 5; ++i) q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(Float::kExp2[i]));
   q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(1.0f));
-  const __mmask16 kept = subnormal ? kAllLanes : _mm512_cmp_ps_mask(n, _mm512_set1_ps(-127.0f), _CMP_NLE_UQ);  // NaNs
+  // "Not less or equal" holds of NaNs, which stay.
+  const __mmask16 kept = subnormal ? kAllLanes : _mm512_cmp_ps_mask(n, _mm512_set1_ps(-127.0f), _CMP_NLE_UQ);
   return _mm512_maskz_scalef_ps(kept, q, n);
 }
 template <bool subnormal>
